@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV ?= .venv
+# The CUDA build of torch 2.13 insists on triton 3.7.1, so pip would replace it by 2.11.0, which goes with the pinned
+# triton. `make install TORCH=torch==2.11.0` spares that second download where pip offers CUDA builds.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+# Keeps the repository root off sys.path under `python -m` and `python -c`, where kernels/ would be seen as a package.
+export PYTHONSAFEPATH := 1
+
+.PHONY: install demo test lint format wheel clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e ".[train,wandb,peft,dev]" -c constraints.txt
+	touch $@
+
+demo: install
+	$(BIN)/sparse-hf demo
+
+# To come, in a process of its own: TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+test: install
+	$(BIN)/pytest -m "not network" $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The wheel is built from the source archive, so a stale build/ cannot leak into it.
+wheel: install
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache
+	find sparse_hf kernels training scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

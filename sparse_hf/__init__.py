@@ -1,0 +1,48 @@
+"""sparse_hf: sparse attention for Hugging Face Transformers, per head.
+
+    model = sparsify(AutoModelForCausalLM.from_pretrained(...), "user/llama-3.1-8b-sparse70")
+
+Importing registers nothing and patches nothing.
+"""
+
+from sparse_hf.adapters import available_families
+from sparse_hf.artefact import load_artefact, save_artefact
+from sparse_hf.auto import AutoSparseModelForCausalLM
+from sparse_hf.cache import SparseCache
+from sparse_hf.config import LayerRule, SparseConfig
+from sparse_hf.head_masks import round_scores
+from sparse_hf.hub import push_to_hub
+from sparse_hf.methods import Dense, Explicit, Method, SlidingWindow, Streaming, available_methods
+from sparse_hf.patching import dense, is_sparsified, set_head_masks, unsparsify
+from sparse_hf.presets import available_presets
+from sparse_hf.sparsify import sparsify
+from sparse_hf.summary import SparsitySummary, print_sparsity_summary, sparsity_summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoSparseModelForCausalLM",
+    "Dense",
+    "Explicit",
+    "LayerRule",
+    "Method",
+    "SlidingWindow",
+    "SparseCache",
+    "SparseConfig",
+    "SparsitySummary",
+    "Streaming",
+    "available_families",
+    "available_methods",
+    "available_presets",
+    "dense",
+    "is_sparsified",
+    "load_artefact",
+    "print_sparsity_summary",
+    "push_to_hub",
+    "round_scores",
+    "save_artefact",
+    "set_head_masks",
+    "sparsify",
+    "sparsity_summary",
+    "unsparsify",
+]

@@ -1,0 +1,146 @@
+"""The attention function that `sparsify` registers: one entry for training, prefill and decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_hf.cache import PendingKV
+from sparse_hf.forward_plan import ForwardPlan
+from sparse_hf.layer_state import LayerState, get_layer_state
+from sparse_hf_kernels import TokenPositions, mixed_attention, sparse_attention
+
+ATTENTION_NAME = "sparse_hf"
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | PendingKV,
+    value: Tensor | PendingKV,
+    attention_mask: ForwardPlan | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature.
+
+    Args:
+        query: `[batch, num_heads, q_len, head_dim]`.
+        key, value: `[batch, num_kv_heads, kv_len, head_dim]`, or what a `SparseCache` returned.
+        attention_mask: the `ForwardPlan` of this forward pass.
+        position_ids: `[batch or 1, q_len]`; restarts separate packed sequences.
+
+    Returns:
+        Output `[batch, q_len, num_heads, head_dim]` and None (attention weights are never formed).
+
+    Raises:
+        ValueError: for what cannot be computed right: 4-D masks, dropout, attention weights, too long a sequence.
+    """
+    state = _checked_state(module, dropout, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, PendingKV):
+        plan = _checked_plan(attention_mask, query, None)
+        _check_length(plan, state)
+        out = _attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale)
+    else:
+        assert isinstance(value, Tensor)
+        plan = _checked_plan(attention_mask, query, key)
+        _check_length(plan, state)
+        # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        out = _attend(state, query, key, value, plan.positions(position_ids), scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    state: LayerState, query: Tensor, key: Tensor, value: Tensor, positions: TokenPositions, scale: float
+) -> Tensor:
+    gate = state.current_gate()
+    if gate is None:
+        return sparse_attention(query, key, value, state.layout, positions=positions, scale=scale)
+    return mixed_attention(
+        query,
+        key,
+        value,
+        gate,
+        state.full,
+        state.sparse,
+        positions=positions,
+        scale=scale,
+        skip_saturated=state.skip_saturated,
+    )
+
+
+def _attend_cached(
+    state: LayerState, query: Tensor, pending: PendingKV, plan: ForwardPlan, position_ids: Tensor | None, scale: float
+) -> Tensor:
+    if state.current_gate() is not None:
+        raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
+    if pending.layer.layout != state.layout:
+        raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
+    q_positions, groups = pending.store(plan, position_ids)
+    batch, _, q_len, head_dim = query.shape
+    grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
+    out = torch.empty_like(grouped)
+    for group in groups:
+        heads = list(group.heads)
+        attended = sparse_attention(
+            grouped[:, heads].flatten(1, 2),
+            group.keys,
+            group.values,
+            state.layout.select(heads),
+            positions=TokenPositions(q_positions=q_positions, k_positions=group.positions),
+            scale=scale,
+        )
+        out[:, heads] = attended.unflatten(1, (len(heads), -1))
+    pending.release()
+    return out.flatten(1, 2)
+
+
+def _checked_state(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> LayerState:
+    state = get_layer_state(module)
+    if state is None:
+        raise ValueError(
+            f"attn_implementation={ATTENTION_NAME!r} is set but this model was not sparsified; "
+            "call sparsify(model, ...)"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout is not supported, got {dropout}; set config.attention_dropout (GPT-2: attn_pdrop) to 0"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError("sparse attention never forms attention weights; use `with dense(model)` to read them")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"the model passes {name!r} to its attention, which sparse attention does not support")
+    return state
+
+
+def _checked_plan(attention_mask: ForwardPlan | Tensor | None, query: Tensor, key: Tensor | None) -> ForwardPlan:
+    if isinstance(attention_mask, ForwardPlan):
+        return attention_mask
+    if attention_mask is not None:
+        raise ValueError(
+            f"sparse attention takes no {attention_mask.ndim}-D attention_mask; pass a 2-D padding mask "
+            "[batch, tokens seen], and position_ids that restart for packed sequences"
+        )
+    if key is None:
+        raise ValueError("a SparseCache needs the model's own mask; do not call the attention module by itself")
+    # Callers that bypass the model's mask creation: plain causal attention over the keys that came.
+    q_len, kv_len = query.shape[2], key.shape[2]
+    return ForwardPlan(
+        q_len=q_len, kv_len=kv_len, q_offset=kv_len - q_len, kv_offset=0, padding_mask=None, device=query.device
+    )
+
+
+def _check_length(plan: ForwardPlan, state: LayerState) -> None:
+    seen = plan.q_len + (plan.q_offset if isinstance(plan.q_offset, int) else 0)
+    if seen > state.max_position:
+        raise ValueError(
+            f"the sequence has {seen} tokens, the model was made for {state.max_position} "
+            "(config.max_position_embeddings); shorten it, or configure rope scaling and the limit"
+        )

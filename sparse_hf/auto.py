@@ -1,0 +1,60 @@
+"""`AutoSparseModelForCausalLM`: base weights and masks in one call, as peft's Auto classes do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparse_hf.artefact import load_artefact
+from sparse_hf.hub import resolve_artefact_folder
+from sparse_hf.patching import apply_config
+
+
+class AutoSparseModelForCausalLM:
+    """Loads the base model that an artefact names and sparsifies it."""
+
+    def __init__(self) -> None:
+        raise OSError("use AutoSparseModelForCausalLM.from_pretrained(artefact)")
+
+    @classmethod
+    def from_pretrained(
+        cls, artefact: str | Path, *, revision: str | None = None, token: str | bool | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """A sparsified model from an artefact's folder or Hub id.
+
+        Weights come from the artefact when it carries some, else from its `base_model_name_or_path`.
+
+        Args:
+            artefact: folder or Hub id.
+            revision: of the artefact on the Hub.
+            token: Hub token, for the artefact and the base model.
+            **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+
+        Raises:
+            ValueError: if the artefact is invalid or does not fit the model.
+        """
+        folder = resolve_artefact_folder(str(artefact), revision=revision, token=token)
+        loaded = load_artefact(folder)
+        if has_weights(str(artefact), revision=revision, token=token):
+            model = AutoModelForCausalLM.from_pretrained(artefact, revision=revision or "main", token=token, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(loaded.base_model_name_or_path, token=token, **kwargs)
+            loaded.check_base_model(model)
+        return apply_config(model, loaded.config, loaded.head_masks)
+
+
+def has_weights(artefact: str, *, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """Whether the artefact carries the model's weights too."""
+    if Path(artefact).is_dir():
+        return (Path(artefact) / "config.json").is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    # A download, not a question to the API: it also answers offline, from the cache.
+    try:
+        hf_hub_download(artefact, "config.json", revision=revision, token=token)
+    except EntryNotFoundError:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""The application: its own commands, those that are installed beside it, and how errors reach a user."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NoReturn
+
+import typer
+from rich.markup import escape
+
+from sparse_hf.cli.env import env
+from sparse_hf.cli.export import export
+from sparse_hf.cli.import_ import import_
+from sparse_hf.cli.inspect import inspect
+from sparse_hf.cli.methods import methods
+from sparse_hf.hub import one_line
+
+COMMAND_GROUP = "sparse_hf.commands"
+DEBUG_VARIABLE = "SPARSE_HF_DEBUG"
+REMEDY = 'pip install "sparse-hf[train]"'
+
+_EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
+    "inspect": (inspect, "sparse-hf inspect RUN/artefact --seq-len 131072"),
+    "export": (export, "sparse-hf export RUN --output my-masks --push user/name --private"),
+    "import": (import_, "sparse-hf import duo PATTERN_FOLDER --model meta-llama/Llama-3.1-8B --output my-masks"),
+    "methods": (methods, "sparse-hf methods --json"),
+    "env": (env, "sparse-hf env --json"),
+}
+
+
+def build_app(args: Sequence[str] = ()) -> typer.Typer:
+    """The application.
+
+    Args:
+        args: the command line that it is for. If it names one of the commands here, those of other packages are not
+            loaded: they may import much, and must not slow this one down. By default every command is there.
+    """
+    app = typer.Typer(
+        name="sparse-hf",
+        help="Sparse attention for Hugging Face Transformers.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    if not args or args[0] not in _EXAMPLES:
+        for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
+            if entry.name not in _EXAMPLES:
+                _add_entry(app, entry)
+    for name, (function, example) in _EXAMPLES.items():
+        app.command(
+            name, epilog=f"Example:\n\n{escape(example)}", no_args_is_help=name in ("inspect", "export", "import")
+        )(function)
+    return app
+
+
+def _root() -> None:
+    """Sparse attention for Hugging Face Transformers: learn head masks, look at them, share them, use them."""
+
+
+def _add_entry(app: typer.Typer, entry: EntryPoint) -> None:
+    """Registers an installed command; one whose packages are missing stays listed and says what to install."""
+    try:
+        with redirect_stdout(sys.stderr):  # some libraries print when they are imported
+            function = entry.load()
+    except ImportError as error:
+        app.command(
+            entry.name,
+            help=escape(f"Not available here: {REMEDY}"),
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )(_unavailable(entry.name, error))
+    else:
+        app.command(entry.name)(function)
+
+
+def _unavailable(name: str, cause: ImportError) -> Callable[[], NoReturn]:
+    def command() -> NoReturn:
+        raise ImportError(f"{name!r} needs packages that are not installed ({cause}); {REMEDY}") from cause
+
+    return command
+
+
+def main() -> None:
+    """The console script. Exits with 0; 1 and one line for what a user can mend; 2 for usage; 130 when interrupted.
+
+    `SPARSE_HF_DEBUG=1` lets the traceback through.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            build_app(sys.argv[1:])(prog_name="sparse-hf")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1" or not is_user_error(error):
+            raise
+        typer.echo(f"error: {one_line(error) or type(error).__name__}", err=True)
+        sys.exit(1)
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether the message is meant for users: bad values, files, the network, the Hub, packages that are missing."""
+    origin = type(error).__module__.split(".")[0]
+    return isinstance(error, (ValueError, OSError, ImportError)) or origin in ("huggingface_hub", "httpx")
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    text = message if isinstance(message, str) else one_line(message)
+    typer.echo(f"warning: {text}", err=True)

@@ -1,0 +1,120 @@
+"""`sparse-hf inspect`: what an artefact or a configuration does to a model at a length, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from sparse_hf.adapters import ModelShape, adapter_for_config
+from sparse_hf.artefact import load_artefact
+from sparse_hf.cli.output import find_artefact, write, write_json
+from sparse_hf.config import SparseConfig
+from sparse_hf.head_masks import check_head_masks, keyword_head_masks
+from sparse_hf.plots import plot_head_masks
+from sparse_hf.sparsify import resolve_spec
+from sparse_hf.summary import summarize, summary_table
+
+
+class Dtype(StrEnum):
+    """What keys and values are stored in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is inspected."""
+
+    base_model: str
+    config: SparseConfig
+    head_masks: Tensor
+    scores: Tensor | None
+    shape: ModelShape
+    windows: list[int] | None
+    dtype: torch.dtype
+
+
+def inspect(
+    target: Annotated[str, typer.Argument(help="Artefact, training run or Hub id; with --sparse a model.")],
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    sparse: Annotated[
+        str | None, typer.Option(help="Preset, .json or .yaml file, artefact or Hub id to look at on the model TARGET.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the cache; by default the model's, else bfloat16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of TARGET on the Hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also write a map of the heads to this image.")] = None,
+) -> None:
+    """Show head sparsity, attention density and KV bytes per layer. Reads no weights."""
+    subject = _from_artefact(target, revision) if sparse is None else _from_model(target, sparse, revision)
+    element = getattr(torch, dtype.value) if dtype is not None else subject.dtype
+    summary = summarize(
+        subject.config,
+        subject.head_masks,
+        subject.shape,
+        seq_len=seq_len,
+        batch_size=batch,
+        bytes_per_element=element.itemsize,
+        windows=subject.windows,
+    )
+    if plot is not None:
+        plot_head_masks(subject.head_masks, plot, subject.scores)
+    name = str(element).removeprefix("torch.")
+    if as_json:
+        described: dict[str, Any] = {
+            "target": target,
+            "base_model_name_or_path": subject.base_model,
+            "shape": subject.shape.to_dict(),
+            "dtype": name,
+            "config": {**subject.config.to_dict(), "head_masks": subject.head_masks.tolist()},
+        }
+        write_json({**described, **summary.to_dict()})
+        return
+    write(summary_table(summary, f"{subject.base_model}: {seq_len} tokens, batch {batch}, {name} cache"))
+    saved = summary.dense_kv_bytes - summary.kv_bytes
+    write(
+        f"{summary.head_sparsity:.1%} of heads sparse, {summary.attention_density:.1%} of attention computed, "
+        f"{saved / 2**20:,.1f} MiB of {summary.dense_kv_bytes / 2**20:,.1f} MiB KV cache freed"
+    )
+
+
+def _from_artefact(target: str, revision: str | None) -> _Subject:
+    if (Path(target) / "config.json").is_file() and not (Path(target) / "sparse_config.json").is_file():
+        raise ValueError(f"{target} is a model and no artefact; say how it shall be sparse with --sparse")
+    artefact = load_artefact(find_artefact(target, revision))
+    return _Subject(
+        base_model=artefact.base_model_name_or_path,
+        config=artefact.config,
+        head_masks=artefact.head_masks,
+        scores=artefact.scores,
+        shape=artefact.shape,
+        windows=None if artefact.native_windows is None else list(artefact.native_windows),
+        dtype=torch.bfloat16,
+    )
+
+
+def _from_model(target: str, spec: str, revision: str | None) -> _Subject:
+    model: PretrainedConfig = AutoConfig.from_pretrained(target, revision=revision or "main")
+    adapter = adapter_for_config(model)
+    shape = adapter.shape(model)
+    config, artefact = resolve_spec(spec)
+    masks = keyword_head_masks(config.head_masks, shape) if artefact is None else artefact.head_masks
+    return _Subject(
+        base_model=target,
+        config=config,
+        head_masks=check_head_masks(masks, shape),
+        scores=None if artefact is None else artefact.scores,
+        shape=shape,
+        windows=[adapter.native_window(model, layer) for layer in range(shape.num_layers)],
+        dtype=model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16,
+    )

@@ -1,0 +1,155 @@
+"""From transformers' masks to token positions: one object per forward pass, shared by its layers.
+
+transformers calls the registered mask function once per forward and hands what it returns to every layer's attention.
+Ours returns a `ForwardPlan`, which knows the padding mask and the lengths; position ids, which reveal packing, arrive
+only at the attention. The positions are worked out at the first layer and kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_hf_kernels import TokenPositions
+
+
+@dataclass(kw_only=True, eq=False)
+class ForwardPlan:
+    """Lengths and padding of one forward pass.
+
+    Args:
+        q_len: new tokens.
+        kv_len: keys that the attention will get.
+        q_offset: tokens seen before; a tensor for transformers' static caches.
+        kv_offset: tokens before the first key (sliding caches drop the oldest).
+        padding_mask: boolean `[batch, tokens seen]` of real tokens, or None without padding.
+        device: of the inputs.
+    """
+
+    q_len: int
+    kv_len: int
+    q_offset: int | Tensor
+    kv_offset: int
+    padding_mask: Tensor | None
+    device: torch.device
+    ndim: ClassVar[int] = 4  # `generate` prepares masks for static caches; models then leave them alone, like 4-D ones
+    _positions: TokenPositions | None = field(default=None, init=False)
+
+    def positions(self, position_ids: Tensor | None) -> TokenPositions:
+        """Positions when the attention gets all keys in one tensor (no cache, or one of transformers' own)."""
+        if self._positions is None:
+            self._positions = self._compute(position_ids)
+        return self._positions
+
+    def new_tokens(self, position_ids: Tensor | None, lengths: Tensor) -> Tensor:
+        """Positions `[batch, q_len]` of the new tokens after `lengths [batch]` earlier ones; -1 for padding.
+
+        Raises:
+            ValueError: for packed sequences, which a per-head cache cannot tell apart later.
+        """
+        valid = self.new_valid(len(lengths))
+        segments = self.new_segments(position_ids)
+        if segments is not None:
+            raise ValueError(
+                "packed sequences (position_ids that restart) cannot be cached per head; "
+                "pass use_cache=False, or one sequence per row"
+            )
+        return (lengths[:, None] + valid.cumsum(-1) - 1).masked_fill(~valid, -1)
+
+    def new_valid(self, batch: int) -> Tensor:
+        """Boolean `[batch, q_len]`: which new tokens are real."""
+        return self._seen_mask(int(self.q_offset) + self.q_len)[:, -self.q_len :].expand(batch, -1)
+
+    def new_segments(self, position_ids: Tensor | None) -> Tensor | None:
+        """Integer `[batch or 1, q_len]` numbers of packed sequences, or None when no position id restarts."""
+        if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] != self.q_len or self.q_len < 2:
+            return None
+        if self.padding_mask is None:
+            border = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+        else:
+            # Padding breaks the run of position ids without being a border: compare with the real token before.
+            valid = self.new_valid(len(self.padding_mask))
+            slots = torch.arange(self.q_len, device=self.device).expand_as(valid)
+            before = F.pad(torch.where(valid, slots, -1).cummax(-1).values, (1, -1), value=-1)
+            ids = position_ids.expand(len(valid), -1)
+            step = ids - ids.gather(1, before.clamp_min(0))
+            border = valid & (before >= 0) & (step != 1) & (step != slots - before)
+        segments = border.cumsum(-1)
+        return segments if bool(segments[:, -1].any()) else None
+
+    def _compute(self, position_ids: Tensor | None) -> TokenPositions:
+        index = torch.arange(self.kv_len, device=self.device)
+        segments = self.new_segments(position_ids)
+        if self.padding_mask is None and segments is None:
+            keys = (index + self.kv_offset)[None]
+            queries = torch.arange(self.q_len, device=self.device)[None] + self.q_offset
+            # A static cache hands out its empty slots too.
+            return TokenPositions(q_positions=queries, k_positions=keys.masked_fill(keys > queries[:, -1:], -1))
+        total = int(self.q_offset) + self.q_len
+        seen = self.kv_offset + self.kv_len
+        valid = self._seen_mask(max(total, seen))
+        all_segments = self._all_segments(segments, valid, int(self.q_offset))
+        counted = valid.cumsum(-1)
+        if all_segments is not None:
+            # Count from the start of each segment: subtract what was counted before it.
+            starts = F.pad(all_segments.diff(dim=-1) != 0, (1, 0))
+            before = torch.where(starts, counted - valid.long(), 0).cummax(-1).values
+            counted = counted - before
+        logical = (counted - 1).masked_fill(~valid, -1)
+        rows = slice(int(self.q_offset), total)
+        columns = slice(self.kv_offset, seen)
+        return TokenPositions(
+            q_positions=logical[:, rows],
+            k_positions=logical[:, columns],
+            q_segments=None if all_segments is None else all_segments[:, rows],
+            k_segments=None if all_segments is None else all_segments[:, columns],
+        )
+
+    def _seen_mask(self, length: int) -> Tensor:
+        """Boolean `[batch or 1, length]` of real tokens; slots after the newest token are empty."""
+        total = int(self.q_offset) + self.q_len
+        if self.padding_mask is None:
+            return (torch.arange(length, device=self.device) < total)[None]
+        given = self.padding_mask.shape[1]
+        if given < total:
+            raise ValueError(
+                f"attention_mask covers {given} tokens but {total} have been seen; "
+                "extend it by a column per new token, as generate does"
+            )
+        return F.pad(self.padding_mask[:, :total], (0, length - total), value=False)
+
+    def _all_segments(self, segments: Tensor | None, valid: Tensor, q_offset: int) -> Tensor | None:
+        if segments is None:
+            return None
+        rows = max(len(segments), len(valid))
+        # Earlier tokens belong to the first sequence of this chunk; slots after it belong nowhere.
+        tail = valid.shape[1] - q_offset - self.q_len
+        return F.pad(F.pad(segments, (q_offset, 0), value=0), (0, tail), value=-1).expand(rows, -1)
+
+
+def forward_plan_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | ForwardPlan | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> ForwardPlan:
+    """The mask function that `sparsify` registers with `AttentionMaskInterface`."""
+    if isinstance(attention_mask, ForwardPlan):
+        return attention_mask
+    return ForwardPlan(
+        q_len=q_length,
+        kv_len=kv_length,
+        # A static cache counts on in the same tensor before the attention asks.
+        q_offset=q_offset.clone() if isinstance(q_offset, Tensor) else q_offset,
+        kv_offset=kv_offset,
+        padding_mask=attention_mask,
+        device=torch.device(device),
+    )

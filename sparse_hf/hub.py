@@ -1,0 +1,103 @@
+"""Artefacts on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+from sparse_hf.artefact import CONFIG_FILE, load_artefact
+from sparse_hf.config import HEAD_MASKS_FILE
+
+ARTEFACT_FILES = (CONFIG_FILE, HEAD_MASKS_FILE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, and without what the Hub adds for its own support."""
+    return " ".join(re.sub(r"\(Request ID: [^)]*\)", "", str(error)).split())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name looks like `user/model` on the Hub and is no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local folder of an artefact: the folder itself, or the Hub repository's configuration and masks, downloaded.
+
+    Raises:
+        ValueError: if there is neither a folder nor a reachable repository of that name, or it holds no artefact.
+    """
+    if Path(spec).is_dir():
+        return Path(spec)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        config = Path(hf_hub_download(spec, CONFIG_FILE, revision=revision, token=token))
+        # Both files of one commit, even if somebody pushes in between.
+        hf_hub_download(spec, HEAD_MASKS_FILE, revision=config.parent.name, token=token)
+    except HFValidationError as error:
+        raise ValueError(f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id") from error
+    except LocalEntryNotFoundError as error:
+        cause = one_line(error.__cause__ or error)
+        raise ValueError(f"{spec!r} is no folder here, and the Hub cannot be reached for it: {cause}") from error
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"the Hub repository {spec!r} holds no sparse artefact ({', '.join(ARTEFACT_FILES)})"
+        ) from error
+    except HfHubHTTPError as error:
+        where = spec if revision is None else f"{spec}@{revision}"
+        raise ValueError(
+            f"{spec!r} is no preset or folder here, and the Hub refuses {where}: {one_line(error)}"
+        ) from error
+    return config.parent
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload sparse attention artefact",
+) -> str:
+    """Checks an artefact's folder and uploads it; creates the repository (and branch) if need be.
+
+    Args:
+        folder: the artefact.
+        repo_id: `user/name`.
+        private: visibility of a repository that is created; None leaves it to the account's default.
+        token: Hub token, by default the one that is logged in.
+        revision: branch to write to, by default the main one.
+        commit_message: first line of the commit.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ValueError: if the folder is no valid artefact, or `private` is asked for and the repository is public.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    artefact = load_artefact(folder)
+    base = artefact.base_model_name_or_path
+    if not is_hub_id(base) and not (Path(folder) / "config.json").is_file() and Path(base).exists():
+        warnings.warn(
+            f"the artefact names the local folder {base!r} as its base model: others can use it with "
+            f"sparsify(model, {repo_id!r}), but not with AutoSparseModelForCausalLM",
+            stacklevel=2,
+        )
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo.repo_id).private:
+        raise ValueError(f"{repo.repo_id} exists and is public; make it private in its settings, or drop private=True")
+    if revision is not None:
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+    )
+    return str(commit.commit_url)

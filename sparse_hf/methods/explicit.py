@@ -1,0 +1,76 @@
+"""`explicit`: the user's own block pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_hf.methods.base import Method
+from sparse_hf_kernels import BlockList, HeadPattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explicit(Method):
+    """A list of KV blocks per query block, in compressed sparse rows; causality is kept inside the diagonal block.
+
+    Blocks are counted in a sequence's own positions. A longer sequence than the pattern covers is refused.
+
+    Args:
+        block_size: tokens per block.
+        row_ptr: `num_rows + 1` offsets into `indices`.
+        indices: KV block numbers, ascending in each row, none after the row's own.
+    """
+
+    name: ClassVar[str] = "explicit"
+    summary: ClassVar[str] = "the blocks that you list"
+    source: ClassVar[str] = "block-sparse rows as in FlexAttention's BlockMask, arXiv 2412.05496, section 4"
+
+    block_size: int = 64
+    row_ptr: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON and YAML give lists.
+        object.__setattr__(self, "row_ptr", tuple(self.row_ptr))
+        object.__setattr__(self, "indices", tuple(self.indices))
+        if not self.row_ptr:
+            raise ValueError("explicit: give row_ptr and indices, or build it with Explicit.from_block_mask(mask, ...)")
+        _ = self.blocks
+
+    @cached_property
+    def blocks(self) -> BlockList:
+        return BlockList(block_size=self.block_size, row_ptr=self.row_ptr, indices=self.indices)
+
+    @classmethod
+    def from_block_mask(cls, mask: Tensor, *, block_size: int) -> Explicit:
+        """From a boolean `[num_rows, num_rows]` block mask.
+
+        Raises:
+            ValueError: if it is not square and boolean, or keeps blocks after the diagonal.
+        """
+        blocks = BlockList.from_mask(mask, block_size)
+        return cls(block_size=block_size, row_ptr=blocks.row_ptr, indices=blocks.indices)
+
+    @classmethod
+    def from_csr(cls, matrix: Tensor, *, block_size: int) -> Explicit:
+        """From a `torch.sparse_csr` block matrix `[num_rows, num_rows]`; stored entries are kept, whatever their value.
+
+        Raises:
+            ValueError: if it is not a square CSR tensor, or stores entries after the diagonal.
+        """
+        if matrix.layout != torch.sparse_csr or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f"expected a square torch.sparse_csr tensor, got {matrix.layout} of shape {tuple(matrix.shape)}"
+            )
+        return cls(
+            block_size=block_size,
+            row_ptr=tuple(matrix.crow_indices().tolist()),
+            indices=tuple(matrix.col_indices().tolist()),
+        )
+
+    def pattern(self) -> HeadPattern:
+        return HeadPattern(blocks=self.blocks)

@@ -1,0 +1,223 @@
+"""`sparsify` and its inverses. They touch one model instance, at call time only, and leave no trace when undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+
+from sparse_hf.adapters import ModelShape, adapter_for
+from sparse_hf.attention import ATTENTION_NAME, sparse_attention_forward
+from sparse_hf.cache import SparseCache
+from sparse_hf.config import SparseConfig
+from sparse_hf.forward_plan import forward_plan_mask
+from sparse_hf.head_masks import check_head_masks, keyword_head_masks
+from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
+from sparse_hf.methods import Method
+from sparse_hf_kernels import UNBOUNDED, AttentionLayout
+
+_ATTRIBUTE = "_sparse_hf_handle"
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+@dataclass(kw_only=True, eq=False)
+class SparseHandle:
+    """What `sparsify` did to a model: enough to describe it and to undo it."""
+
+    config: SparseConfig
+    head_masks: Tensor
+    shape: ModelShape
+    modules: list[nn.Module]
+    states: list[LayerState]
+    methods: list[list[Method]]
+    original_config: PretrainedConfig
+    original_values: dict[str, Any]
+    original_attention: str
+
+
+def is_sparsified(model: PreTrainedModel) -> bool:
+    return hasattr(model, _ATTRIBUTE)
+
+
+def get_handle(model: PreTrainedModel) -> SparseHandle:
+    """The handle of a sparsified model.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+    handle = getattr(model, _ATTRIBUTE, None)
+    if handle is None:
+        raise ValueError("the model is not sparsified; call sparsify(model, ...) first")
+    return handle
+
+
+def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tensor | None = None) -> PreTrainedModel:
+    """Makes the model's attention sparse, in place.
+
+    Args:
+        model: a causal language model of a supported family.
+        config: what is sparse.
+        head_masks: `[num_layers, num_kv_heads]` of 0 and 1; by default what the configuration names.
+
+    Raises:
+        ValueError: if the model is sparsified already, its family, dtype or head_dim is unsupported, or masks or rules
+            do not fit it. The model is then unchanged.
+    """
+    if is_sparsified(model):
+        raise ValueError("the model is sparsified already; call unsparsify(model) first")
+    adapter = adapter_for(model)
+    shape = adapter.shape(model.config)
+    _check_support(model, shape)
+    if head_masks is None:
+        head_masks = keyword_head_masks(config.head_masks, shape)
+    masks = check_head_masks(head_masks, shape)
+    methods = config.resolve(masks.tolist())
+    windows = [adapter.native_window(model.config, layer) for layer in range(shape.num_layers)]
+    states = _layer_states(config, methods, shape, windows, _max_position(model.config))
+    modules = adapter.attention_modules(model)
+    assert len(modules) == shape.num_layers
+    original = model.config
+    # A configuration object may be shared between models; this one must not reach another.
+    _replace_config(model, original, copy.copy(original))
+    AttentionInterface.register(ATTENTION_NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, forward_plan_mask)
+    for module, state in zip(modules, states, strict=True):
+        set_layer_state(module, state)
+    handle = SparseHandle(
+        config=config,
+        head_masks=masks,
+        shape=shape,
+        modules=modules,
+        states=states,
+        methods=methods,
+        original_config=original,
+        original_values=dict(vars(original)),
+        original_attention=original._attn_implementation,
+    )
+    setattr(model, _ATTRIBUTE, handle)
+    model._prepare_cache_for_generation = MethodType(_prepare_sparse_cache, model)
+    model.config._attn_implementation = ATTENTION_NAME
+    return model
+
+
+def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `sparsify` exactly: the same modules, the same configuration object, bitwise the same logits.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+    handle = get_handle(model)
+    for module in handle.modules:
+        clear_layer_state(module)
+    del model._prepare_cache_for_generation
+    delattr(model, _ATTRIBUTE)
+    # What the user set meanwhile (resize_token_embeddings, use_cache) stays; the attention's name is ours alone.
+    for name, value in vars(model.config).items():
+        if name != "_attn_implementation_internal" and value is not handle.original_values.get(name):
+            setattr(handle.original_config, name, value)
+    _replace_config(model, model.config, handle.original_config)
+    return model
+
+
+@contextmanager
+def dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The same model with the attention it came with, for the length of a `with` block; exceptions included.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+    handle = get_handle(model)
+    # The sparsified model's own configuration: `unsparsify` inside the block puts another in its place.
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = handle.original_attention
+    try:
+        yield model
+    finally:
+        config._attn_implementation = before
+
+
+def set_head_masks(model: PreTrainedModel, head_masks: Tensor) -> None:
+    """Gives a sparsified model other head masks, in place; `SparseCache`s made before no longer fit.
+
+    Raises:
+        ValueError: if the model is not sparsified or the masks do not fit it.
+    """
+    handle = get_handle(model)
+    handle.head_masks = check_head_masks(head_masks, handle.shape)
+    handle.methods = handle.config.resolve(handle.head_masks.tolist())
+    for state, methods in zip(handle.states, handle.methods, strict=True):
+        state.layout = head_layout(methods, handle.config, state.layout.max_distance)
+
+
+def _layer_states(
+    config: SparseConfig, methods: list[list[Method]], shape: ModelShape, windows: list[int], max_position: int
+) -> list[LayerState]:
+    def branch(value: int) -> list[list[Method]]:
+        return config.resolve([[value] * shape.num_kv_heads] * shape.num_layers)
+
+    full, sparse = branch(1), branch(0)
+    return [
+        LayerState(
+            layer_idx=layer,
+            layout=head_layout(methods[layer], config, windows[layer]),
+            full=head_layout(full[layer], config, windows[layer]),
+            sparse=head_layout(sparse[layer], config, windows[layer]),
+            max_position=max_position,
+        )
+        for layer in range(shape.num_layers)
+    ]
+
+
+def head_layout(methods: list[Method], config: SparseConfig, max_distance: int) -> AttentionLayout:
+    """One layer's layout from its heads' methods; `max_distance` is the model's own window."""
+    return AttentionLayout(
+        patterns=tuple(method.pattern() for method in methods),
+        max_distance=max_distance,
+        num_dense_rows=config.min_seq_len,
+    )
+
+
+def _check_support(model: PreTrainedModel, shape: ModelShape) -> None:
+    if shape.head_dim > MAX_HEAD_DIM or shape.head_dim % 8:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, the model has {shape.head_dim}")
+    if model.dtype not in SUPPORTED_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        raise ValueError(f"dtype must be one of {names}, the model has {model.dtype}; use model.to(torch.bfloat16)")
+
+
+def _max_position(config: PretrainedConfig) -> int:
+    return getattr(config, "max_position_embeddings", None) or UNBOUNDED
+
+
+def _replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+def _prepare_sparse_cache(
+    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Stands in for the model's own method: a `SparseCache` where `generate` would make a dynamic one."""
+    given = model_kwargs.get("past_key_values")
+    implementation = generation_config.cache_implementation
+    sparse_now = model.config._attn_implementation == ATTENTION_NAME
+    if sparse_now and given is None and generation_config.use_cache is not False:
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={implementation!r} does not free what sparse heads drop; leave it unset, "
+                "or pass that cache as past_key_values to keep all keys"
+            )
+        model_kwargs["past_key_values"] = SparseCache.for_model(model)
+        return
+    original: Callable[..., None] = type(model)._prepare_cache_for_generation
+    original(model, generation_config, model_kwargs, *args, **kwargs)

@@ -1,0 +1,70 @@
+"""`sparsify`: one line from a dense model to a sparse one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparse_hf.artefact import Artefact, load_artefact
+from sparse_hf.config import SparseConfig
+from sparse_hf.hub import resolve_artefact_folder
+from sparse_hf.patching import apply_config, is_sparsified
+from sparse_hf.presets import available_presets, preset
+
+
+def sparsify(
+    model: PreTrainedModel,
+    spec: SparseConfig | str | Path,
+    *,
+    head_masks: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    check_base_model: bool = True,
+) -> PreTrainedModel:
+    """Makes a model's attention sparse, in place, and returns it. `unsparsify` undoes it exactly.
+
+    Args:
+        model: a causal language model of a supported family.
+        spec: a preset's name, a `SparseConfig`, a `.json` or `.yaml` file of one, an artefact's folder, or a Hub id.
+        head_masks: `[num_layers, num_kv_heads]` of 0 (sparse) and 1 (full); by default the artefact's or the
+            configuration's own.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token.
+        check_base_model: refuse an artefact that was made for another base model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model is sparsified already or unsupported, or the specification does not fit it. The model
+            is then unchanged.
+    """
+    if is_sparsified(model):
+        raise ValueError("the model is sparsified already; call unsparsify(model) first")
+    config, artefact = resolve_spec(spec, revision=revision, token=token)
+    if artefact is not None:
+        if check_base_model:
+            artefact.check_base_model(model)
+        head_masks = artefact.head_masks if head_masks is None else head_masks
+    return apply_config(model, config, head_masks)
+
+
+def resolve_spec(
+    spec: SparseConfig | str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> tuple[SparseConfig, Artefact | None]:
+    """The configuration that `sparsify`'s argument names, and the artefact when it is one's.
+
+    Raises:
+        ValueError: if it names nothing that can be read.
+    """
+    if isinstance(spec, SparseConfig):
+        return spec, None
+    text = str(spec)
+    if text in available_presets():
+        return preset(text), None
+    if text.endswith((".json", ".yaml", ".yml")):
+        return SparseConfig.from_file(text), None
+    artefact = load_artefact(resolve_artefact_folder(text, revision=revision, token=token))
+    return artefact.config, artefact

@@ -1,0 +1,1 @@
+"""Learning which attention heads may read sparsely."""

@@ -1,0 +1,53 @@
+"""`sparse-hf train`: one run from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparse_hf.cli.output import table, write, write_json
+from sparse_hf_training.config import RunConfig
+from sparse_hf_training.run import FIGURES_NAME, RunResult, run_training
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; configs/train/ has examples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value or section.key=value.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Learn head masks, masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
+
+    Example: sparse-hf train configs/train/masks.yaml model=PATH masks.end_head_sparsity=0.7
+    """
+    result = run_training(RunConfig.load(config, overrides or ()), console=Console(stderr=True))
+    if as_json:
+        write_json(to_dict(result))
+    elif result.sparse is not None:
+        _print(result)
+    else:
+        write(f"artefact: {result.artefact} (no held text was given, so nothing was judged)")
+
+
+def to_dict(result: RunResult) -> dict[str, object]:
+    """The run's outcome, JSON-plain."""
+    return {
+        "artefact": str(result.artefact),
+        "dense": None if result.dense is None else result.dense.to_dict(),
+        "sparse": None if result.sparse is None else result.sparse.to_dict(),
+        "scores": None if result.scores is None else result.scores.tolist(),
+        "last_log": result.history[-1] if result.history else None,
+    }
+
+
+def _print(result: RunResult) -> None:
+    assert result.dense is not None and result.sparse is not None
+    rows = [
+        (f"recall {after.task}", f"{before.exact_match:.2f}", f"{after.exact_match:.2f}")
+        for before, after in zip(result.dense.recall, result.sparse.recall, strict=True)
+    ]
+    rows.append(("loss, nats/token", f"{result.dense.text_loss:.4f}", f"{result.sparse.text_loss:.4f}"))
+    write(table("held-out figures", ("", "dense", "sparse"), rows))
+    write(f"artefact: {result.artefact}\nfigures: {result.artefact.parent / FIGURES_NAME}")

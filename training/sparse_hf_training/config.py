@@ -1,0 +1,180 @@
+"""What one training run is: typed, validated, written beside its results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_hf.config import SparseConfig, read_mapping
+from sparse_hf_training.data import TextSource
+from sparse_hf_training.masks import MaskLearningConfig
+from sparse_hf_training.objectives import ObjectiveConfig
+from sparse_hf_training.stages import Stage
+from sparse_hf_training.tasks import RecallTask, make_task
+from sparse_hf_training.typed_config import apply_overrides, build
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """Recall samples in the training mix.
+
+    Args:
+        ratio: their share of the rows.
+        tasks: names, or mappings with `task` and its parameters.
+        question_loss: take the loss on question and answer; off: on answers alone.
+    """
+
+    ratio: float = 0.5
+    tasks: tuple[str | dict[str, Any], ...] = ("needle", "key_value", "chain")
+    question_loss: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"data.recall.ratio must lie in [0, 1], got {self.ratio}")
+        _ = self.built
+
+    @property
+    def built(self) -> list[RecallTask]:
+        return build_tasks(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training rows.
+
+    Args:
+        text: sources, read in turn and packed; also the filler of recall samples.
+        seq_len: tokens per row.
+        recall: the built-in recall tasks, or null for text alone.
+        seed: of the mixture and the samples.
+    """
+
+    text: tuple[TextSource, ...]
+    seq_len: int = 2048
+    recall: RecallConfig | None = field(default_factory=RecallConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("data.text must name at least one source")
+        if self.seq_len <= 1:
+            raise ValueError(f"data.seq_len must be at least 2, got {self.seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How masks are judged.
+
+    Args:
+        text: held-out text; without it neither loss nor recall is judged.
+        seq_len: tokens per sample and row.
+        num_samples: recall samples per task.
+        num_rows: text rows for the loss.
+        tasks: as in `data.recall`.
+        seed: of the samples.
+    """
+
+    text: TextSource | None = None
+    seq_len: int = 2048
+    num_samples: int = 20
+    num_rows: int = 16
+    tasks: tuple[str | dict[str, Any], ...] = ("needle", "key_value", "chain")
+    seed: int = 1234
+
+    @property
+    def built(self) -> list[RecallTask]:
+        return build_tasks(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run.
+
+    Args:
+        model: folder or Hub id of the base model.
+        output_dir: checkpoints, artefact and figures go here.
+        data: training rows.
+        stage: `masks`, `masks_and_weights` or `sft`.
+        sparse: preset, artefact (folder or Hub id), file, or the keys of a `SparseConfig`.
+        dtype: of the weights.
+        masks: how masks are learned.
+        objective: terms of the loss.
+        evaluation: how masks are judged.
+        trainer: arguments of `transformers.TrainingArguments`.
+        resume: go on from the newest complete checkpoint in `output_dir`.
+    """
+
+    model: str
+    output_dir: str
+    data: DataConfig
+    stage: Stage = "masks"
+    sparse: str | dict[str, Any] = "prulong"
+    dtype: str = "float32"
+    masks: MaskLearningConfig = field(default_factory=MaskLearningConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if isinstance(self.sparse, dict):
+            SparseConfig.from_dict(self.sparse)
+        check_trainer_arguments(self.trainer)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """From a YAML file, with `key=value` or `section.key=value` overrides.
+
+        Raises:
+            ValueError: for a file that cannot be read, or any key or value that is not understood.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return build(cls, apply_overrides(read_mapping(path), overrides), path.name)
+
+    def save(self, path: Path) -> None:
+        """Writes YAML that `load` reads back."""
+        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False), encoding="utf-8")
+
+
+RESERVED = ("output_dir", "train_dataset", "eval_dataset", "model", "remove_unused_columns", "dataloader_drop_last")
+
+
+def check_trainer_arguments(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for keys that `TrainingArguments` does not know or that the run sets itself."""
+    from transformers import TrainingArguments
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(RESERVED)
+    if unknown := sorted(set(arguments) - known):
+        raise ValueError(f"trainer: {unknown} are no arguments of transformers.TrainingArguments, or set by the run")
+    if arguments.get("max_steps", 0) <= 0:
+        raise ValueError("trainer.max_steps must be positive: schedules and the length of the data depend on it")
+
+
+def build_tasks(tasks: Sequence[str | dict[str, Any]]) -> list[RecallTask]:
+    """Recall tasks from names or mappings with `task` and its parameters.
+
+    Raises:
+        ValueError: for an unknown task or parameter.
+    """
+    built = []
+    for spec in tasks:
+        parameters = {"task": spec} if isinstance(spec, str) else dict(spec)
+        if "task" not in parameters:
+            raise ValueError(f"a recall task is a name or a mapping with `task`, got {spec!r}")
+        built.append(make_task(parameters.pop("task"), **parameters))
+    return built
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

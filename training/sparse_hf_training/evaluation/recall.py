@@ -1,0 +1,109 @@
+"""Exact match on recall tasks.
+
+A sample counts when every token of every answer is the model's first choice given what precedes it. That is exactly
+when greedy decoding would write the answers, since all paths of a sparse model read the same keys.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparse_hf_training.tasks import Filler, RecallSample, RecallTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallResult:
+    """One task's score.
+
+    Args:
+        task: its name.
+        num_samples: judged.
+        num_exact: samples answered word for word.
+        seq_len: tokens of each sample.
+    """
+
+    task: str
+    num_samples: int
+    num_exact: int
+    seq_len: int
+
+    @property
+    def exact_match(self) -> float:
+        return self.num_exact / self.num_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "exact_match": self.exact_match}
+
+
+def recall_samples(
+    task: RecallTask, filler: Filler, tokenizer: PreTrainedTokenizerBase, seq_len: int, count: int, seed: int
+) -> list[RecallSample]:
+    """`count` samples that depend on the task's name, the seed and their number alone."""
+    return [
+        task.sample(random.Random(f"{seed}:{task.name}:{number}"), filler, tokenizer, seq_len)
+        for number in range(count)
+    ]
+
+
+@torch.no_grad()
+def evaluate_recall(
+    model: PreTrainedModel,
+    tasks: Sequence[RecallTask],
+    filler: Filler,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    num_samples: int,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> list[RecallResult]:
+    """Exact match of the model, as it is configured now, on each task.
+
+    Args:
+        model: dense or sparse; it is judged in evaluation mode.
+        tasks: what to ask.
+        filler: text to hide the facts in; use text that was not trained on.
+        tokenizer: the model's.
+        seq_len: tokens of each sample.
+        num_samples: of each task.
+        seed: samples with the same seed are the same.
+        progress: called after each sample.
+
+    Raises:
+        ValueError: if `num_samples` is not positive or a task does not fit into `seq_len`.
+    """
+    if num_samples <= 0:
+        raise ValueError(f"num_samples must be positive, got {num_samples}")
+    was_training = model.training
+    model.eval()
+    try:
+        results = []
+        for task in tasks:
+            exact = 0
+            for sample in recall_samples(task, filler, tokenizer, seq_len, num_samples, seed):
+                exact += _is_exact(model, sample)
+                if progress is not None:
+                    progress()
+            results.append(RecallResult(task=task.name, num_samples=num_samples, num_exact=exact, seq_len=seq_len))
+        return results
+    finally:
+        model.train(was_training)
+
+
+def _is_exact(model: PreTrainedModel, sample: RecallSample) -> bool:
+    ids = torch.tensor([sample.input_ids], device=model.device)
+    # Logits are formed from just before the first answer on.
+    kept = len(sample.input_ids) - min(start for start, _ in sample.answer_spans) + 1
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
+    first = len(sample.input_ids) - kept
+    for start, end in sample.answer_spans:
+        chosen = logits[start - 1 - first : end - 1 - first].argmax(-1)
+        if not torch.equal(chosen, ids[0, start:end]):
+            return False
+    return True

@@ -1,0 +1,82 @@
+"""Measured figures in the one schema that docs and tables are made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One measured value.
+
+    Args:
+        case: what was measured.
+        value: the figure.
+        unit: its unit; "share" for ratios.
+        lower_is_better: which way is good.
+        must, goal: bounds that were set beforehand, or None.
+        baseline: the same of what it is compared with, measured in the same run, or None.
+    """
+
+    case: str
+    value: float
+    unit: str
+    lower_is_better: bool
+    must: float | None = None
+    goal: float | None = None
+    baseline: float | None = None
+
+
+def write_figures(path: Path, figures: Sequence[Figure], *, command: str) -> None:
+    """Writes the figures with hardware, software and commit, as JSON rows; the old file stays until all is written."""
+    context = {"hardware": hardware(), "software": software(), "commit": commit(), "command": command}
+    rows = [{**asdict(figure), **context} for figure in figures]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def hardware() -> str:
+    """The device that computes: the GPU's name, or the CPU's architecture and core count."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def software() -> str:
+    """Versions that figures depend on."""
+    names = ("sparse-hf", "torch", "transformers", "triton")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join([f"python {sys.version.split()[0]}", *found])
+
+
+def commit() -> str | None:
+    """The project's commit when it runs from a checkout, with "+changes" when files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changes" if head and changed else head or None

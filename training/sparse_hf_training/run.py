@@ -1,0 +1,247 @@
+"""`run_training`: one run from its configuration to its artefact."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from sparse_hf.artefact import save_artefact
+from sparse_hf.config import SparseConfig
+from sparse_hf.patching import dense, get_handle
+from sparse_hf.sparsify import sparsify
+from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model
+from sparse_hf_training.checkpoint import checkpoints, last_complete_checkpoint
+from sparse_hf_training.config import RunConfig
+from sparse_hf_training.data import collate
+from sparse_hf_training.evaluation import Judge, Judgement, measure_kv_bytes
+from sparse_hf_training.figures import Figure, write_figures
+from sparse_hf_training.masks import detach_mask_learning
+from sparse_hf_training.masks.learning import get_mask_learning
+from sparse_hf_training.progress import RichProgressCallback
+from sparse_hf_training.stages import prepare_stage
+from sparse_hf_training.trainer import SparseTrainer
+
+CONFIG_NAME, ARTEFACT_NAME, FIGURES_NAME, HISTORY_NAME = "config.yaml", "artefact", "figures.json", "history.json"
+DEFAULT_ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "learning_rate": 1e-5,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run left.
+
+    Args:
+        model: the sparsified model under its final head masks.
+        artefact: the artefact's folder.
+        scores: the gates' scores `[num_layers, num_kv_heads]`, or None for `sft`.
+        dense, sparse: judgements before and after, or None without held text.
+        history: the trainer's logged rows.
+        data: what was trained on.
+    """
+
+    model: PreTrainedModel
+    artefact: Path
+    scores: Tensor | None
+    dense: Judgement | None
+    sparse: Judgement | None
+    history: list[dict[str, float]]
+    data: TrainingData
+
+
+def run_training(config: RunConfig, *, console: Console | None = None, command: str = "sparse-hf train") -> RunResult:
+    """Trains, judges and exports; goes on from the newest complete checkpoint when there is one.
+
+    Args:
+        config: the run.
+        console: where progress is shown.
+        command: how to repeat it, for the figures.
+
+    Raises:
+        ValueError: for anything in the configuration, the data or the output folder that cannot be used.
+        TrainingDiverged: if the loss is no longer finite.
+    """
+    console = console or Console(stderr=True)
+    output = Path(config.output_dir)
+    resume_from = claim_output(config, output)
+    arguments = training_arguments(config, output)
+    model, tokenizer = load_model(config.model, config.dtype)
+    spec = SparseConfig.from_dict(config.sparse) if isinstance(config.sparse, dict) else config.sparse
+    masks = None if config.stage == "sft" else [[1] * _kv_heads(model)] * model.config.num_hidden_layers
+    sparsify(model, spec, head_masks=masks)
+    rows_needed = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    data = build_training_data(config.data, tokenizer, rows_needed * arguments.world_size)
+    judge = build_judge(config.evaluation, tokenizer)
+    learning = prepare_stage(model, config.stage, config.masks)
+    progress = RichProgressCallback(console, f"training ({config.stage})")
+    trainer = SparseTrainer(
+        model,
+        arguments,
+        train_dataset=data.rows,
+        eval_dataset=None if judge is None else judge.rows,
+        data_collator=collate,
+        objective=config.objective,
+        judge=None if judge is None else _in_loop(judge),
+        callbacks=[progress],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    finally:
+        progress.stop()
+    scores = None
+    if learning is not None:
+        scores = get_mask_learning(model).gates.scores()
+        detach_mask_learning(model)
+    return _finish(config, trainer, model, scores, judge, data, console, command)
+
+
+def claim_output(config: RunConfig, output: Path) -> Path | None:
+    """Makes the output folder this run's own and returns the checkpoint to go on from, or None.
+
+    Raises:
+        ValueError: if it holds another run, or this one and `resume` is off.
+    """
+    written = output / CONFIG_NAME
+    if written.exists():
+        earlier = RunConfig.load(written)
+        if not config.resume:
+            raise ValueError(f"{output} holds a run already; choose another output_dir, or set resume=true to go on")
+        if replace(earlier, resume=True) != config:
+            raise ValueError(
+                f"{output} holds a run with another configuration (see {written}); choose another output_dir"
+            )
+        return last_complete_checkpoint(output)
+    if checkpoints(output):
+        raise ValueError(f"{output} holds checkpoints but no {CONFIG_NAME}; choose another output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f".{CONFIG_NAME}"
+    config.save(temporary)
+    os.replace(temporary, written)
+    return None
+
+
+def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
+    """The run's `TrainingArguments`: its own over the defaults."""
+    given = {**DEFAULT_ARGUMENTS, **config.trainer}
+    try:
+        return TrainingArguments(
+            output_dir=str(output),
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            disable_tqdm=True,
+            **{k: v for k, v in given.items() if k not in ("disable_tqdm", "prediction_loss_only")},
+        )
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def _kv_heads(model: PreTrainedModel) -> int:
+    from sparse_hf.adapters import adapter_for
+
+    return adapter_for(model).shape(model.config).num_kv_heads
+
+
+def _in_loop(judge: Judge) -> Any:
+    return lambda model: {f"recall/{r.task}": r.exact_match for r in judge.recall(model)}
+
+
+def _finish(
+    config: RunConfig,
+    trainer: SparseTrainer,
+    model: PreTrainedModel,
+    scores: Tensor | None,
+    judge: Judge | None,
+    data: TrainingData,
+    console: Console,
+    command: str,
+) -> RunResult:
+    output = Path(config.output_dir)
+    history = trainer.state.log_history
+    dense_judgement = sparse_judgement = None
+    figures: list[Figure] = []
+    if trainer.is_world_process_zero():
+        if judge is not None:
+            with console.status("judging dense and sparse heads"):
+                sparse_judgement = judge(model)
+                with dense(model):
+                    dense_judgement = judge(model)
+            figures = judgement_figures(judge, dense_judgement, sparse_judgement, model)
+        training = {
+            "stage": config.stage,
+            "objective": asdict(config.objective),
+            "data": [source.path for source in config.data.text],
+            "steps": trainer.state.global_step,
+            "head_sparsity": 1 - get_handle(model).head_masks.float().mean().item(),
+            "figures": [asdict(figure) for figure in figures],
+        }
+        save_artefact(
+            model,
+            output / ARTEFACT_NAME,
+            scores=scores,
+            training=training,
+            base_model_name_or_path=config.model,
+            save_weights=config.stage != "masks",
+            overwrite=True,
+        )
+        write_figures(output / FIGURES_NAME, figures, command=command)
+        (output / HISTORY_NAME).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(
+        model=model,
+        artefact=output / ARTEFACT_NAME,
+        scores=scores,
+        dense=dense_judgement,
+        sparse=sparse_judgement,
+        history=history,
+        data=data,
+    )
+
+
+def judgement_figures(judge: Judge, before: Judgement, after: Judgement, model: PreTrainedModel) -> list[Figure]:
+    """Recall, loss and KV bytes of a sparse model beside dense ones from the same run."""
+    seq_len = judge.seq_len
+    ids = torch.as_tensor(judge.filler.tokens[:seq_len]).long()[None].to(model.device)
+    kv_bytes, dense_kv_bytes = measure_kv_bytes(model, ids)
+    figures = [
+        Figure(
+            case=f"recall {sparse.task}, {seq_len} tokens, {sparse.num_samples} samples",
+            value=sparse.exact_match,
+            unit="share",
+            lower_is_better=False,
+            baseline=full.exact_match,
+        )
+        for full, sparse in zip(before.recall, after.recall, strict=True)
+    ]
+    loss = Figure(
+        case="loss on held text",
+        value=after.text_loss,
+        unit="nats/token",
+        lower_is_better=True,
+        baseline=before.text_loss,
+    )
+    kv = Figure(
+        case=f"KV cache at {ids.shape[1]} tokens",
+        value=kv_bytes,
+        unit="bytes",
+        lower_is_better=True,
+        baseline=dense_kv_bytes,
+    )
+    return [*figures, loss, kv]

@@ -1,0 +1,42 @@
+"""The three stages: learn masks, learn masks and weights, fine-tune under frozen masks."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel
+
+from sparse_hf.patching import get_handle
+from sparse_hf_training.masks import MaskLearning, MaskLearningConfig, attach_mask_learning
+
+Stage = Literal["masks", "masks_and_weights", "sft"]
+STAGES = get_args(Stage)
+
+
+def prepare_stage(model: PreTrainedModel, stage: Stage, masks: MaskLearningConfig) -> MaskLearning | None:
+    """Freezes and thaws what the stage says, and attaches gates where masks are learned.
+
+    Args:
+        model: a sparsified model.
+        stage: `masks` freezes the weights and learns gates; `masks_and_weights` learns both; `sft` trains the weights
+            while the attention reads what the deployed head masks say, as in evaluation.
+        masks: how masks are learned; unused by `sft`.
+
+    Returns:
+        The gates, or None for `sft`.
+
+    Raises:
+        ValueError: for an unknown stage, a model that is not sparsified, or `sft` without a sparse head.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {list(STAGES)}, got {stage!r}")
+    handle = get_handle(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(stage != "masks")
+    if stage == "sft":
+        if all(state.layout.is_dense for state in handle.states):
+            raise ValueError(
+                "sft trains under head masks, but every head is dense; give `sparse:` an artefact, or masks with zeros"
+            )
+        return None
+    return attach_mask_learning(model, masks)
