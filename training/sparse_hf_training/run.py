@@ -41,6 +41,7 @@ DEFAULT_ARGUMENTS: dict[str, Any] = {
     "save_steps": 50,
     "save_total_limit": 2,
     "report_to": "none",
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "seed": 0,
 }
 

@@ -62,6 +62,11 @@ class SparseTrainer(Trainer):
     ) -> None:
         get_handle(model)
         super().__init__(model, *args, **kwargs)
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gates get no gradient under reentrant checkpointing; "
+                "set gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         # The loss below is a sum over label tokens / their number in the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.objective: ObjectiveConfig = objective or ObjectiveConfig()
