@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_hf.adapters import ModelShape, adapter_for
 from sparse_hf.config import HEAD_MASKS_FILE, SparseConfig, read_mapping, reject_unknown
@@ -96,6 +96,7 @@ def save_artefact(
     training: Mapping[str, Any] | None = None,
     base_model_name_or_path: str | None = None,
     save_weights: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a sparsified model's artefact. The folder appears whole or not at all; an old one stays until then.
@@ -107,6 +108,7 @@ def save_artefact(
         training: what was learned, on what, with which figures; goes into the card.
         base_model_name_or_path: by default where the model was loaded from.
         save_weights: also write the model's weights, when they were trained.
+        tokenizer: also written, so that an artefact with weights is a model folder like any other.
         overwrite: replace an existing folder.
 
     Returns:
@@ -118,6 +120,12 @@ def save_artefact(
         OSError: if writing fails (disk full); the old folder is then untouched.
     """
     from sparse_hf.patching import get_handle
+
+    def write_more(staging: Path) -> None:
+        if save_weights:
+            model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
 
     handle = get_handle(model)
     base = base_model_name_or_path or model.config._name_or_path
@@ -133,7 +141,7 @@ def save_artefact(
         probe=weight_probe(model),
         training=training,
         native_windows=[state.layout.max_distance for state in handle.states],
-        write_more=model.save_pretrained if save_weights else None,
+        write_more=write_more,
         overwrite=overwrite,
     )
 

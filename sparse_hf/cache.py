@@ -212,10 +212,9 @@ class SparseCache(Cache):
     chunked prefill and beam search work; rolling back (assisted decoding) is refused.
     """
 
-    layers: list[SparseCacheLayer]
-
     def __init__(self, layouts: list[AttentionLayout], per_head: bool = True) -> None:
-        super().__init__(layers=[SparseCacheLayer(layout, per_head) for layout in layouts])
+        self._sparse_layers = [SparseCacheLayer(layout, per_head) for layout in layouts]
+        super().__init__(layers=list(self._sparse_layers))
 
     @classmethod
     def for_model(cls, model: Any) -> SparseCache:
@@ -231,4 +230,4 @@ class SparseCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes that keys and values hold now, over all layers; measured, not computed."""
-        return sum(layer.kv_bytes() for layer in self.layers)
+        return sum(layer.kv_bytes() for layer in self._sparse_layers)

@@ -24,6 +24,7 @@ from sparse_hf.methods import Method
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout
 
 _ATTRIBUTE = "_sparse_hf_handle"
+_CACHE_METHOD = "_prepare_cache_for_generation"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -103,7 +104,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
         original_attention=original._attn_implementation,
     )
     setattr(model, _ATTRIBUTE, handle)
-    model._prepare_cache_for_generation = MethodType(_prepare_sparse_cache, model)
+    setattr(model, _CACHE_METHOD, MethodType(_prepare_sparse_cache, model))
     model.config._attn_implementation = ATTENTION_NAME
     return model
 
@@ -117,7 +118,7 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
     handle = get_handle(model)
     for module in handle.modules:
         clear_layer_state(module)
-    del model._prepare_cache_for_generation
+    delattr(model, _CACHE_METHOD)
     delattr(model, _ATTRIBUTE)
     # What the user set meanwhile (resize_token_embeddings, use_cache) stays; the attention's name is ours alone.
     for name, value in vars(model.config).items():
@@ -201,7 +202,7 @@ def _max_position(config: PretrainedConfig) -> int:
 def _replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is old:
-            module.config = new
+            setattr(module, "config", new)  # noqa: B010  (nn.Module declares no such attribute)
 
 
 def _prepare_sparse_cache(
@@ -219,5 +220,5 @@ def _prepare_sparse_cache(
             )
         model_kwargs["past_key_values"] = SparseCache.for_model(model)
         return
-    original: Callable[..., None] = type(model)._prepare_cache_for_generation
+    original: Callable[..., None] = getattr(type(model), _CACHE_METHOD)
     original(model, generation_config, model_kwargs, *args, **kwargs)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sparse_hf_training.tasks import Filler
 
@@ -55,3 +60,85 @@ def tokenizer(story: str) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def filler(story: str, tokenizer: PreTrainedTokenizerFast) -> Filler:
     return Filler.from_texts([story], tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny random Llama of 2 layers with 2 KV heads, and the tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, story: str) -> Path:
+    """The story in five documents."""
+    folder = tmp_path_factory.mktemp("text")
+    step = len(story) // 5
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(story[number * step : (number + 1) * step], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run_values(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The values of a small run's configuration; keywords replace sections, `trainer` is merged."""
+
+    def values(trainer: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+        task = {"task": "needle", "num_needles": 2}
+        return {
+            "model": str(model_folder),
+            "output_dir": str(tmp_path / "run"),
+            "sparse": {"sparse": {"method": "streaming", "num_sink_tokens": 2, "window_size": 8}},
+            "data": {
+                "text": [{"path": str(text_file)}],
+                "seq_len": 256,
+                "recall": {"ratio": 0.5, "tasks": [task]},
+            },
+            "masks": {"end_head_sparsity": 0.5, "mask_learning_rate": 0.3, "init_log_alpha": 1.0},
+            "evaluation": {
+                "text": {"path": str(text_file)},
+                "seq_len": 256,
+                "num_samples": 2,
+                "num_rows": 2,
+                "tasks": [task],
+            },
+            **sections,
+            "trainer": {
+                "max_steps": 4,
+                "logging_steps": 1,
+                "save_steps": 2,
+                "use_cpu": True,
+                "learning_rate": 1e-2,
+                **(trainer or {}),
+            },
+        }
+
+    return values
+
+
+@pytest.fixture
+def run_yaml(run_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """The same as a YAML file."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(run_values(**changes)), encoding="utf-8")
+        return path
+
+    return write

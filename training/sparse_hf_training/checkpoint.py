@@ -41,7 +41,9 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether every file that the marker names is there in its size."""
     try:
         sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
+        return False
+    if not isinstance(sizes, dict):
         return False
     return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == n for name, n in sizes.items())
 

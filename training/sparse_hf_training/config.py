@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparse_hf_training.masks import MaskLearningConfig
 from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.stages import Stage
 from sparse_hf_training.tasks import RecallTask, make_task
-from sparse_hf_training.typed_config import apply_overrides, build
+from sparse_hf_training.typed_config import apply_overrides, build, convert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,14 @@ class EvaluationConfig:
     tasks: tuple[str | dict[str, Any], ...] = ("needle", "key_value", "chain")
     seed: int = 1234
 
+    def __post_init__(self) -> None:
+        if self.seq_len <= 1:
+            raise ValueError(f"evaluation.seq_len must be at least 2, got {self.seq_len}")
+        for name in ("num_samples", "num_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name} must be positive, got {getattr(self, name)}")
+        _ = self.built
+
     @property
     def built(self) -> list[RecallTask]:
         return build_tasks(self.tasks)
@@ -126,7 +135,7 @@ class RunConfig:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if isinstance(self.sparse, dict):
             SparseConfig.from_dict(self.sparse)
-        check_trainer_arguments(self.trainer)
+        object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -140,23 +149,50 @@ class RunConfig:
             raise ValueError(f"no such file: {path}")
         return build(cls, apply_overrides(read_mapping(path), overrides), path.name)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in the YAML file."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
     def save(self, path: Path) -> None:
         """Writes YAML that `load` reads back."""
-        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-RESERVED = ("output_dir", "train_dataset", "eval_dataset", "model", "remove_unused_columns", "dataloader_drop_last")
+RESERVED = (
+    "output_dir",
+    "remove_unused_columns",
+    "prediction_loss_only",
+    "disable_tqdm",
+    "dataloader_drop_last",
+    "resume_from_checkpoint",  # `resume`
+    "load_best_model_at_end",  # knows nothing of gates
+)
 
 
-def check_trainer_arguments(arguments: dict[str, Any]) -> None:
-    """Raises ValueError for keys that `TrainingArguments` does not know or that the run sets itself."""
+def checked_trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with numbers that YAML reads as text (1e-3) as numbers.
+
+    Raises:
+        ValueError: for keys that `TrainingArguments` does not know or that the run sets itself, text for a number, or
+            without `max_steps`.
+    """
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(RESERVED)
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"trainer: {unknown} are no arguments of transformers.TrainingArguments, or set by the run")
-    if arguments.get("max_steps", 0) <= 0:
+    hints = typing.get_type_hints(TrainingArguments)
+    numbers = {name for name in arguments if hints[name] in (int, float, int | None, float | None)}
+    checked = {
+        name: convert(hints[name], value, f"trainer.{name}") if name in numbers else value
+        for name, value in arguments.items()
+    }
+    # Counts of steps may also be shares of the run, so they are typed as floats; written as integers they stay so.
+    checked |= {name: value for name, value in arguments.items() if isinstance(value, int) and name in numbers}
+    if checked.get("max_steps", 0) <= 0:
         raise ValueError("trainer.max_steps must be positive: schedules and the length of the data depend on it")
+    return checked
 
 
 def build_tasks(tasks: Sequence[str | dict[str, Any]]) -> list[RecallTask]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
+from sparse_hf.adapters import adapter_for
 from sparse_hf.artefact import save_artefact
 from sparse_hf.config import SparseConfig
 from sparse_hf.patching import dense, get_handle
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model
-from sparse_hf_training.checkpoint import checkpoints, last_complete_checkpoint
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
 from sparse_hf_training.evaluation import Judge, Judgement, measure_kv_bytes
@@ -26,24 +25,11 @@ from sparse_hf_training.figures import Figure, write_figures
 from sparse_hf_training.masks import detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
 from sparse_hf_training.progress import RichProgressCallback
+from sparse_hf_training.run_folder import claim_output, find_resume_point, from_main_process, training_arguments
 from sparse_hf_training.stages import prepare_stage
 from sparse_hf_training.trainer import SparseTrainer
 
-CONFIG_NAME, ARTEFACT_NAME, FIGURES_NAME, HISTORY_NAME = "config.yaml", "artefact", "figures.json", "history.json"
-DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "learning_rate": 1e-5,
-    "adam_beta2": 0.95,
-    "weight_decay": 0.0,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 50,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "seed": 0,
-}
+ARTEFACT_NAME, FIGURES_NAME, HISTORY_NAME = "artefact", "figures.json", "history.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +68,12 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
     """
     console = console or Console(stderr=True)
     output = Path(config.output_dir)
-    resume_from = claim_output(config, output)
     arguments = training_arguments(config, output)
+    resume_from = from_main_process(lambda: find_resume_point(config, output))
     model, tokenizer = load_model(config.model, config.dtype)
     spec = SparseConfig.from_dict(config.sparse) if isinstance(config.sparse, dict) else config.sparse
-    masks = None if config.stage == "sft" else [[1] * _kv_heads(model)] * model.config.num_hidden_layers
+    shape = adapter_for(model).shape(model.config)
+    masks = None if config.stage == "sft" else torch.ones(shape.num_layers, shape.num_kv_heads)
     sparsify(model, spec, head_masks=masks)
     rows_needed = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     data = build_training_data(config.data, tokenizer, rows_needed * arguments.world_size)
@@ -103,6 +90,9 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
         judge=None if judge is None else _in_loop(judge),
         callbacks=[progress],
     )
+    trainer.remove_callback(PrinterCallback)  # prints rows on stdout, which belongs to the result
+    # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
+    from_main_process(lambda: claim_output(config, output))
     try:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     finally:
@@ -111,53 +101,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
     if learning is not None:
         scores = get_mask_learning(model).gates.scores()
         detach_mask_learning(model)
-    return _finish(config, trainer, model, scores, judge, data, console, command)
-
-
-def claim_output(config: RunConfig, output: Path) -> Path | None:
-    """Makes the output folder this run's own and returns the checkpoint to go on from, or None.
-
-    Raises:
-        ValueError: if it holds another run, or this one and `resume` is off.
-    """
-    written = output / CONFIG_NAME
-    if written.exists():
-        earlier = RunConfig.load(written)
-        if not config.resume:
-            raise ValueError(f"{output} holds a run already; choose another output_dir, or set resume=true to go on")
-        if replace(earlier, resume=True) != config:
-            raise ValueError(
-                f"{output} holds a run with another configuration (see {written}); choose another output_dir"
-            )
-        return last_complete_checkpoint(output)
-    if checkpoints(output):
-        raise ValueError(f"{output} holds checkpoints but no {CONFIG_NAME}; choose another output_dir")
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".{CONFIG_NAME}"
-    config.save(temporary)
-    os.replace(temporary, written)
-    return None
-
-
-def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
-    """The run's `TrainingArguments`: its own over the defaults."""
-    given = {**DEFAULT_ARGUMENTS, **config.trainer}
-    try:
-        return TrainingArguments(
-            output_dir=str(output),
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            disable_tqdm=True,
-            **{k: v for k, v in given.items() if k not in ("disable_tqdm", "prediction_loss_only")},
-        )
-    except (TypeError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from error
-
-
-def _kv_heads(model: PreTrainedModel) -> int:
-    from sparse_hf.adapters import adapter_for
-
-    return adapter_for(model).shape(model.config).num_kv_heads
+    return _finish(config, trainer, model, tokenizer, scores, judge, data, console, command)
 
 
 def _in_loop(judge: Judge) -> Any:
@@ -168,6 +112,7 @@ def _finish(
     config: RunConfig,
     trainer: SparseTrainer,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     scores: Tensor | None,
     judge: Judge | None,
     data: TrainingData,
@@ -200,6 +145,7 @@ def _finish(
             training=training,
             base_model_name_or_path=config.model,
             save_weights=config.stage != "masks",
+            tokenizer=None if config.stage == "masks" else tokenizer,
             overwrite=True,
         )
         write_figures(output / FIGURES_NAME, figures, command=command)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from sparse_hf.patching import dense, get_handle, set_head_masks
 from sparse_hf_training.callbacks import MaskStepCallback
 from sparse_hf_training.checkpoint import (
+    MARKER,
     last_complete_checkpoint,
     load_mask_state,
     mark_complete,
@@ -35,7 +36,7 @@ from sparse_hf_training.optimizer import keep_mask_rates_constant, parameter_gro
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer finite."""
+    """The loss, or what is trained, is no longer finite."""
 
 
 class SparseTrainer(Trainer):
@@ -49,20 +50,25 @@ class SparseTrainer(Trainer):
         objective: the terms of the loss and their weights.
         judge: called with the model at each evaluation, under the head masks that would be deployed; returns figures
             to log, such as recall.
-        **kwargs: as `transformers.Trainer`.
+        args, **kwargs: as `transformers.Trainer`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        *args: Any,
+        args: TrainingArguments,
+        *,
         objective: ObjectiveConfig | None = None,
         judge: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         get_handle(model)
-        super().__init__(model, *args, **kwargs)
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if args.ddp_find_unused_parameters is None:
+            # All are used in each step. Searching the forward pass alone, DDP would miss the multipliers and fail.
+            args.ddp_find_unused_parameters = False
+        super().__init__(model, args, **kwargs)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gates get no gradient under reentrant checkpointing; "
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -128,12 +134,12 @@ class SparseTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
-            good = last_complete_checkpoint(self._run_folder)
-            raise TrainingDiverged(
-                f"the loss is {loss.item()} in step {self.state.global_step}; "
-                f"last good checkpoint: {good or 'none yet'}. Lower the learning rates and start again"
-            )
+            raise TrainingDiverged(self._advice(f"the loss is {loss.item()} in step {self.state.global_step}"))
         return loss
+
+    def _advice(self, what: str) -> str:
+        good = last_complete_checkpoint(self._run_folder)
+        return f"{what}; last good checkpoint: {good or 'none yet'}. Lower the learning rates and start again"
 
     # ---- optimization ----
 
@@ -190,6 +196,13 @@ class SparseTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = self._run_folder / f"checkpoint-{self.state.global_step}"
+        trained = [p for p in self.accelerator.unwrap_model(model).parameters() if p.requires_grad]
+        if not all(bool(p.isfinite().all()) for p in trained):
+            raise TrainingDiverged(self._advice(f"weights or gates are not finite after step {self.state.global_step}"))
+        if self.args.should_save:
+            # What a killed run left there does not count while it is written again.
+            (checkpoint / MARKER).unlink(missing_ok=True)
         # Old checkpoints go only after the new one is marked, so the base class must not remove any.
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -198,7 +211,7 @@ class SparseTrainer(Trainer):
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(self._run_folder / f"checkpoint-{self.state.global_step}")
+            mark_complete(checkpoint)
             remove_old_checkpoints(self._run_folder, keep)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -215,5 +228,18 @@ class SparseTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.learning is not None:
             load_mask_state(self.learning, Path(resume_from_checkpoint))
-        if weight_parameters(self.accelerator.unwrap_model(self.model)):
+        own: Any = self.accelerator.unwrap_model(self.model)
+        if not weight_parameters(own):
+            return
+        masks = own._modules.pop(MODULE_NAME, None)  # else the base class warns that they are missing
+        try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            if masks is not None:
+                own.add_module(MODULE_NAME, masks)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":
+            # In several processes transformers 5.17 loads to "cpu:0", which torch.load does not know.
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
+        super()._load_optimizer_and_scheduler(checkpoint)

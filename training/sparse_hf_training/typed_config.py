@@ -32,7 +32,7 @@ def build(cls: type[T], values: Any, where: str = "config") -> T:
     if unknown := sorted(set(map(str, values)) - set(fields)):
         raise ValueError(f"{where}: unknown keys {unknown}; known: {sorted(fields)}")
     hints = typing.get_type_hints(cls)
-    given = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    given = {name: convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     required = [
         name
         for name, field in fields.items()
@@ -43,7 +43,12 @@ def build(cls: type[T], values: Any, where: str = "config") -> T:
     return cls(**given)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """The value as its type hint says.
+
+    Raises:
+        ValueError: if it is of another type, naming the place.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -58,7 +63,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ValueError(f"{where} must be a list, got {value!r}")
-        return tuple(_convert(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+        return tuple(convert(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping, got {value!r}")
@@ -74,7 +79,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
         if option is type(None):
             continue
         try:
-            return _convert(option, value, where)
+            return convert(option, value, where)
         except ValueError as error:
             errors.append(str(error))
     raise ValueError(errors[-1])

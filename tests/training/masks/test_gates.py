@@ -1,6 +1,7 @@
 """Hard-concrete gates, the schedule and the Lagrangian, each against its closed form."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_schedule_runs_from_start_to_end_and_stays(kind: str) -> None:
     schedule = SparsitySchedule(start=0.1, end=0.7, warmup_ratio=0.5, kind=kind)  # type: ignore[arg-type]
     targets = [schedule.target(step, 100) for step in range(100)]
     assert targets[0] == pytest.approx(0.1)
-    assert all(b >= a for a, b in zip(targets, targets[1:], strict=False))
+    assert all(b >= a for a, b in pairwise(targets))
     assert targets[50:] == pytest.approx([0.7] * 50)
     assert targets[25] != pytest.approx(0.7)
 

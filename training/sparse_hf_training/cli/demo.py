@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sparse_hf.cli.output import table, write, write_json
-from sparse_hf_training.demo import DemoReport, run_demo
-from sparse_hf_training.demo.demo import MAX_RECALL_LOSS, MAX_TEXT_LOSS
-from sparse_hf_training.demo.recipe import HEAD_SPARSITY, NUM_SINK_TOKENS, SEQ_LEN, WINDOW_SIZE
+from sparse_hf_training.cli import require
+
+if TYPE_CHECKING:
+    from sparse_hf_training.demo import DemoReport
+
+require("matplotlib")
 
 
 def demo(
@@ -25,7 +28,13 @@ def demo(
 
     Example: sparse-hf demo --output runs/demo
     """
-    report = run_demo(output, steps=steps, num_samples=num_samples, seed=seed, console=Console(stderr=True))
+    with redirect_stdout(sys.stderr):  # some libraries print when they are imported
+        from rich.console import Console
+
+        from sparse_hf.cli.output import write_json
+        from sparse_hf_training.demo import run_demo
+
+        report = run_demo(output, steps=steps, num_samples=num_samples, seed=seed, console=Console(stderr=True))
     if as_json:
         write_json(report.to_dict())
         return
@@ -33,6 +42,10 @@ def demo(
 
 
 def _print(report: DemoReport) -> None:
+    from sparse_hf.cli.output import table, write
+    from sparse_hf_training.demo.demo import MAX_RECALL_LOSS, MAX_TEXT_LOSS
+    from sparse_hf_training.demo.recipe import HEAD_SPARSITY, NUM_SINK_TOKENS, SEQ_LEN, WINDOW_SIZE
+
     rows = [
         (f"recall {full.task}", f"{full.exact_match:.2f}", f"{learned.exact_match:.2f}", f"{report.random_mean(n):.2f}")
         for n, (full, learned) in enumerate(zip(report.dense.recall, report.learned.recall, strict=True))

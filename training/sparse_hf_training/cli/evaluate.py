@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from transformers import AutoTokenizer
 
-from sparse_hf.auto import AutoSparseModelForCausalLM
-from sparse_hf.cli.output import find_artefact, table, write, write_json
-from sparse_hf.patching import dense
-from sparse_hf_training.build import build_judge
-from sparse_hf_training.config import EvaluationConfig
-from sparse_hf_training.data import TextSource
-from sparse_hf_training.figures import Figure, write_figures
-from sparse_hf_training.progress import progress_bar
-from sparse_hf_training.run import judgement_figures
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparse_hf_training.figures import Figure
 
 
 def evaluate(
@@ -36,30 +30,52 @@ def evaluate(
 
     Example: sparse-hf eval runs/demo --text held_out.txt --seq-len 2048
     """
-    artefact: str | Path = target if revision is not None else find_artefact(target)
-    config = EvaluationConfig(
-        text=TextSource(path=text), seq_len=seq_len, num_samples=num_samples, num_rows=num_rows, seed=seed
-    )
-    model = AutoSparseModelForCausalLM.from_pretrained(artefact, revision=revision, dtype=torch.float32).eval()
-    judge = build_judge(config, AutoTokenizer.from_pretrained(model.config._name_or_path))
-    assert judge is not None
-    console = Console(stderr=True)
-    with progress_bar(console) as progress:
-        task = progress.add_task("judging", total=2 * judge.steps, figures="sparse heads")
-        after = judge(model, progress=lambda: progress.advance(task))
-        progress.update(task, figures="dense heads")
-        with dense(model):
-            before = judge(model, progress=lambda: progress.advance(task))
-    figures = judgement_figures(judge, before, after, model)
-    if output is not None:
-        write_figures(output, figures, command=f"sparse-hf eval {target} --text {text} --seq-len {seq_len}")
+    with redirect_stdout(sys.stderr):  # some libraries print when they are imported
+        import torch
+        from rich.console import Console
+        from transformers import AutoTokenizer
+
+        from sparse_hf.artefact import load_artefact
+        from sparse_hf.auto import AutoSparseModelForCausalLM
+        from sparse_hf.cli.output import find_artefact, write, write_json
+        from sparse_hf.hub import resolve_artefact_folder
+        from sparse_hf.patching import dense
+        from sparse_hf_training.build import build_judge
+        from sparse_hf_training.config import EvaluationConfig
+        from sparse_hf_training.data import TextSource
+        from sparse_hf_training.figures import write_figures
+        from sparse_hf_training.progress import progress_bar
+        from sparse_hf_training.run import judgement_figures
+
+        # A Hub id stays one: its repository may hold weights, which are looked for where the model is loaded.
+        artefact = str(find_artefact(target)) if Path(target).is_dir() and revision is None else target
+        config = EvaluationConfig(
+            text=TextSource(path=text), seq_len=seq_len, num_samples=num_samples, num_rows=num_rows, seed=seed
+        )
+        base = load_artefact(resolve_artefact_folder(artefact, revision=revision)).base_model_name_or_path
+        judge = build_judge(config, AutoTokenizer.from_pretrained(base))
+        assert judge is not None
+        model = AutoSparseModelForCausalLM.from_pretrained(artefact, revision=revision, dtype=torch.float32).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        console = Console(stderr=True)
+        with progress_bar(console) as progress:
+            task = progress.add_task("judging", total=2 * judge.steps, figures="sparse heads")
+            after = judge(model, progress=lambda: progress.advance(task))
+            progress.update(task, figures="dense heads")
+            with dense(model):
+                before = judge(model, progress=lambda: progress.advance(task))
+        figures = judgement_figures(judge, before, after, model)
+        if output is not None:
+            write_figures(output, figures, command=f"sparse-hf eval {target} --text {text} --seq-len {seq_len}")
     if as_json:
         write_json([figure.__dict__ for figure in figures])
     else:
         write(figures_table(figures))
 
 
-def figures_table(figures: list[Figure]):  # type: ignore[no-untyped-def]
+def figures_table(figures: list[Figure]) -> Table:
     """Cases with their sparse and dense values."""
+    from sparse_hf.cli.output import table
+
     rows = [(f.case, f"{f.value:,.4g}", "" if f.baseline is None else f"{f.baseline:,.4g}", f.unit) for f in figures]
     return table("held-out figures", ("case", "sparse", "dense", "unit"), rows)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from sparse_hf.cli.output import table, write, write_json
-from sparse_hf_training.config import RunConfig
-from sparse_hf_training.run import FIGURES_NAME, RunResult, run_training
+if TYPE_CHECKING:
+    from sparse_hf_training.run import RunResult
 
 
 def train(
@@ -22,7 +22,17 @@ def train(
 
     Example: sparse-hf train configs/train/masks.yaml model=PATH masks.end_head_sparsity=0.7
     """
-    result = run_training(RunConfig.load(config, overrides or ()), console=Console(stderr=True))
+    with redirect_stdout(sys.stderr):  # some libraries print when they are imported
+        from accelerate import PartialState
+        from rich.console import Console
+
+        from sparse_hf.cli.output import write, write_json
+        from sparse_hf_training.config import RunConfig
+        from sparse_hf_training.run import run_training
+
+        result = run_training(RunConfig.load(config, overrides or ()), console=Console(stderr=True))
+    if not PartialState().is_main_process:
+        return
     if as_json:
         write_json(to_dict(result))
     elif result.sparse is not None:
@@ -43,6 +53,9 @@ def to_dict(result: RunResult) -> dict[str, object]:
 
 
 def _print(result: RunResult) -> None:
+    from sparse_hf.cli.output import table, write
+    from sparse_hf_training.run import FIGURES_NAME
+
     assert result.dense is not None and result.sparse is not None
     rows = [
         (f"recall {after.task}", f"{before.exact_match:.2f}", f"{after.exact_match:.2f}")

@@ -27,7 +27,8 @@ from sparse_hf_training.evaluation import Judge, Judgement
 from sparse_hf_training.figures import Figure, write_figures
 from sparse_hf_training.plots import plot_recall, plot_training
 from sparse_hf_training.progress import progress_bar
-from sparse_hf_training.run import CONFIG_NAME, FIGURES_NAME, RunResult, judgement_figures, run_training
+from sparse_hf_training.run import FIGURES_NAME, RunResult, judgement_figures, run_training
+from sparse_hf_training.run_folder import CONFIG_NAME
 
 MAX_RECALL_LOSS, MAX_TEXT_LOSS = 0.05, 0.01
 COMMAND = "sparse-hf demo"
