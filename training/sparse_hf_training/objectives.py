@@ -20,8 +20,7 @@ class ObjectiveConfig:
 
     Args:
         lm: cross-entropy with the labels.
-        kl: KL divergence from the dense model's next-token distribution to the sparse one's, at the label tokens. The
-            teacher is the same weights with dense attention, without gradient.
+        kl: KL divergence from the dense base model's next-token distribution to the sparse one's, at the label tokens.
         temperature: of both distributions in the KL term.
     """
 

@@ -40,7 +40,7 @@ class RunResult:
         model: the sparsified model under its final head masks.
         artefact: the artefact's folder.
         scores: the gates' scores `[num_layers, num_kv_heads]`, or None for `sft`.
-        dense, sparse: judgements before and after, or None without held text.
+        dense, sparse: judgements of the dense model before and of the sparse one after, or None without held text.
         history: the trainer's logged rows.
         data: what was trained on.
     """
@@ -79,6 +79,8 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
     data = build_training_data(config.data, tokenizer, rows_needed * arguments.world_size)
     judge = build_judge(config.evaluation, tokenizer)
     learning = prepare_stage(model, config.stage, config.masks)
+    # While only gates train, the model itself with dense attention is the base model, and no copy is needed.
+    needs_teacher = config.objective.kl > 0 and config.stage != "masks"
     progress = RichProgressCallback(console, f"training ({config.stage})")
     trainer = SparseTrainer(
         model,
@@ -87,12 +89,19 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
         eval_dataset=None if judge is None else judge.rows,
         data_collator=collate,
         objective=config.objective,
+        teacher=load_model(config.model, config.dtype)[0] if needs_teacher else None,
         judge=None if judge is None else _in_loop(judge),
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # prints rows on stdout, which belongs to the result
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
+    before = None
+    if judge is not None and trainer.is_world_process_zero():
+        # The dense model as it came: training may change its weights.
+        with console.status("judging the dense model"), dense(model):
+            before = judge(model)
+    trainer.accelerator.wait_for_everyone()
     try:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     finally:
@@ -101,7 +110,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
     if learning is not None:
         scores = get_mask_learning(model).gates.scores()
         detach_mask_learning(model)
-    return _finish(config, trainer, model, tokenizer, scores, judge, data, console, command)
+    return _finish(config, trainer, model, tokenizer, scores, judge, before, data, console, command)
 
 
 def _in_loop(judge: Judge) -> Any:
@@ -115,21 +124,20 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     scores: Tensor | None,
     judge: Judge | None,
+    before: Judgement | None,
     data: TrainingData,
     console: Console,
     command: str,
 ) -> RunResult:
     output = Path(config.output_dir)
     history = trainer.state.log_history
-    dense_judgement = sparse_judgement = None
+    after = None
     figures: list[Figure] = []
     if trainer.is_world_process_zero():
-        if judge is not None:
-            with console.status("judging dense and sparse heads"):
-                sparse_judgement = judge(model)
-                with dense(model):
-                    dense_judgement = judge(model)
-            figures = judgement_figures(judge, dense_judgement, sparse_judgement, model)
+        if judge is not None and before is not None:
+            with console.status("judging sparse heads"):
+                after = judge(model)
+            figures = judgement_figures(judge, before, after, model)
         training = {
             "stage": config.stage,
             "objective": asdict(config.objective),
@@ -155,8 +163,8 @@ def _finish(
         model=model,
         artefact=output / ARTEFACT_NAME,
         scores=scores,
-        dense=dense_judgement,
-        sparse=sparse_judgement,
+        dense=before,
+        sparse=after,
         history=history,
         data=data,
     )

@@ -48,6 +48,8 @@ class SparseTrainer(Trainer):
     Args:
         model: a sparsified model after `prepare_stage`.
         objective: the terms of the loss and their weights.
+        teacher: what the KL term stays close to, a frozen dense model. By default the trained model itself with dense
+            attention, which is the base model while the weights are frozen, and moves with them when they train.
         judge: called with the model at each evaluation, under the head masks that would be deployed; returns figures
             to log, such as recall.
         args, **kwargs: as `transformers.Trainer`.
@@ -59,6 +61,7 @@ class SparseTrainer(Trainer):
         args: TrainingArguments,
         *,
         objective: ObjectiveConfig | None = None,
+        teacher: PreTrainedModel | None = None,
         judge: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,6 +79,7 @@ class SparseTrainer(Trainer):
         # The loss below is a sum over label tokens / their number in the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.objective: ObjectiveConfig = objective or ObjectiveConfig()
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.judge = judge
         self.learning: MaskLearning | None = getattr(model, MODULE_NAME, None)
         self._mask_callback = MaskStepCallback(self.learning) if self.learning is not None else None
@@ -122,7 +126,9 @@ class SparseTrainer(Trainer):
 
     @torch.no_grad()
     def _teacher_logits(self, inputs: dict[str, Any], kept: Tensor) -> Tensor:
-        """The dense model's logits `[num_labels, vocab]`: the same weights, without dropout."""
+        """The dense model's logits `[num_labels, vocab]`, without dropout."""
+        if self.teacher is not None:
+            return self.teacher(**inputs).logits[kept]
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         try:

@@ -116,8 +116,11 @@ def _softmax_attention(
         # `* 0` and the empty sums keep the graph, so that gradients exist and are 0.
         zeros = q[..., :1].expand(*q.shape[:-1], v.shape[-1]) * 0 + k.sum() + v.sum()
         return zeros, q.new_full(q.shape[:-1], float("-inf"))
-    scores = torch.matmul(q * scale, k.unsqueeze(2).transpose(-1, -2)).masked_fill(~allowed, mask_value)
+    # In place where autograd does not look back: the score matrix is the only large thing here.
+    scores = torch.matmul(q * scale, k.unsqueeze(2).transpose(-1, -2)).masked_fill_(~allowed, mask_value)
     has_key = allowed.any(-1)  # [B, 1, 1, R]
-    lse = scores.logsumexp(-1).masked_fill(~has_key, float("-inf"))
-    probabilities = scores.softmax(-1) * has_key.unsqueeze(-1)
-    return torch.matmul(probabilities, v.unsqueeze(2)), lse
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - largest).exp_()
+    total = weights.sum(-1)
+    out = torch.matmul(weights, v.unsqueeze(2)) / total.unsqueeze(-1) * has_key.unsqueeze(-1)
+    return out, (largest.squeeze(-1) + total.log()).masked_fill(~has_key, float("-inf"))
