@@ -55,12 +55,13 @@ def plot_recall(report: DemoReport, path: Path) -> None:
     tasks = [result.task for result in report.dense.recall]
     series = {
         "dense": [result.exact_match for result in report.dense.recall],
-        "learned": [result.exact_match for result in report.learned.recall],
+        "learned masks": [result.exact_match for result in report.masks_only.recall],
+        "fine-tuned": [result.exact_match for result in report.learned.recall],
         f"random (mean of {len(report.random)})": [report.random_mean(n) for n in range(len(tasks))],
     }
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
-        axes.bar([n + (number - 1) * width for n in range(len(tasks))], values, width, label=name)
+        axes.bar([n + (number - 1.5) * width for n in range(len(tasks))], values, width, label=name)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("exact match")

@@ -54,11 +54,18 @@ class RunResult:
     data: TrainingData
 
 
-def run_training(config: RunConfig, *, console: Console | None = None, command: str = "sparse-hf train") -> RunResult:
+def run_training(
+    config: RunConfig,
+    *,
+    before: Judgement | None = None,
+    console: Console | None = None,
+    command: str = "sparse-hf train",
+) -> RunResult:
     """Trains, judges and exports; goes on from the newest complete checkpoint when there is one.
 
     Args:
         config: the run.
+        before: the dense model's judgement, when an earlier stage made it already.
         console: where progress is shown.
         command: how to repeat it, for the figures.
 
@@ -96,8 +103,7 @@ def run_training(config: RunConfig, *, console: Console | None = None, command: 
     trainer.remove_callback(PrinterCallback)  # prints rows on stdout, which belongs to the result
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
-    before = None
-    if judge is not None and trainer.is_world_process_zero():
+    if before is None and judge is not None and trainer.is_world_process_zero():
         # The dense model as it came: training may change its weights.
         with console.status("judging the dense model"), dense(model):
             before = judge(model)

@@ -20,8 +20,9 @@ require("matplotlib")
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo there is replaced.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data, gates and random heads.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 160,
-    num_samples: Annotated[int, typer.Option(min=1, help="Recall samples per task.")] = 20,
+    mask_steps: Annotated[int, typer.Option(min=1, help="Steps that learn the head masks.")] = 120,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Steps that fine-tune the weights under them.")] = 140,
+    num_samples: Annotated[int, typer.Option(min=1, help="Recall samples per task.")] = 24,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Learn which heads of a real Llama may be sparse, export, reload in a new process, generate, and judge.
@@ -34,7 +35,14 @@ def demo(
         from sparse_hf.cli.output import write_json
         from sparse_hf_training.demo import run_demo
 
-        report = run_demo(output, steps=steps, num_samples=num_samples, seed=seed, console=Console(stderr=True))
+        report = run_demo(
+            output,
+            mask_steps=mask_steps,
+            tune_steps=tune_steps,
+            num_samples=num_samples,
+            seed=seed,
+            console=Console(stderr=True),
+        )
     if as_json:
         write_json(report.to_dict())
         return
@@ -46,26 +54,26 @@ def _print(report: DemoReport) -> None:
     from sparse_hf_training.demo.demo import MAX_RECALL_LOSS, MAX_TEXT_LOSS
     from sparse_hf_training.demo.recipe import HEAD_SPARSITY, NUM_SINK_TOKENS, SEQ_LEN, WINDOW_SIZE
 
+    judged = (report.dense, report.masks_only, report.learned)
     rows = [
-        (f"recall {full.task}", f"{full.exact_match:.2f}", f"{learned.exact_match:.2f}", f"{report.random_mean(n):.2f}")
-        for n, (full, learned) in enumerate(zip(report.dense.recall, report.learned.recall, strict=True))
+        (
+            f"recall {full.task}",
+            *(f"{one.recall[n].exact_match:.2f}" for one in judged),
+            f"{report.random_mean(n):.2f}",
+        )
+        for n, full in enumerate(report.dense.recall)
     ]
     random_loss = sum(draw.text_loss for draw in report.random) / len(report.random)
-    rows.append(
-        (
-            "loss on held text, nats/token",
-            f"{report.dense.text_loss:.4f}",
-            f"{report.learned.text_loss:.4f}",
-            f"{random_loss:.4f}",
-        )
-    )
+    losses = [*(one.text_loss for one in judged), random_loss]
+    rows.append(("loss on held text, nats/token", *(f"{loss:.4f}" for loss in losses)))
     held = f"{report.kv_bytes:,}"
-    rows.append((f"KV cache at {SEQ_LEN} tokens, bytes", f"{report.dense_kv_bytes:,}", held, held))
+    rows.append((f"KV cache at {SEQ_LEN} tokens, bytes", f"{report.dense_kv_bytes:,}", held, held, ""))
     title = (
         f"{HEAD_SPARSITY:.1%} of KV heads sparse: {NUM_SINK_TOKENS} sinks + {WINDOW_SIZE} tokens "
         f"of {SEQ_LEN} (exact match, {report.dense.recall[0].num_samples} samples a task)"
     )
-    write(table(title, ("", "dense", "learned", f"random, mean of {len(report.random)}"), rows))
+    columns = ("", "dense", "learned masks", "+ fine-tuned", f"random heads, mean of {len(report.random)}")
+    write(table(title, columns, rows))
     reloaded = report.reloaded
     write(
         f"reloaded in a new process, {reloaded['prompt_tokens']} tokens of prompt, "

@@ -42,7 +42,7 @@ class MaskLearningConfig:
     sparsity_warmup_ratio: float = 0.6
     schedule: str = "linear"
     mask_learning_rate: float = 0.2
-    reg_learning_rate: float = 0.2
+    reg_learning_rate: float = 0.05
     init_log_alpha: float = 4.0
     clamp_log_alpha: float | None = 6.0
     clamp_multipliers: float | None = None
