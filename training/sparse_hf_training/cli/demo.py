@@ -21,7 +21,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo there is replaced.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data, gates and random heads.")] = 0,
     mask_steps: Annotated[int, typer.Option(min=1, help="Steps that learn the head masks.")] = 120,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Steps that fine-tune the weights under them.")] = 140,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Steps that fine-tune the weights under them.")] = 190,
     num_samples: Annotated[int, typer.Option(min=1, help="Recall samples per task.")] = 24,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

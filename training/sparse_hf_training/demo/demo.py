@@ -113,10 +113,10 @@ def run_demo(
     output: Path,
     *,
     mask_steps: int = 120,
-    tune_steps: int = 140,
+    tune_steps: int = 190,
     num_samples: int = 24,
     num_random: int = 5,
-    random_samples: int = 6,
+    random_samples: int = 5,
     seed: int = 0,
     console: Console | None = None,
 ) -> DemoReport:

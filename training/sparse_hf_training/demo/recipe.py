@@ -22,7 +22,7 @@ HEAD_SPARSITY = 0.625
 MASKS_FOLDER = "masks"
 # Chains need more heads than the other tasks and are learned last.
 MASK_TASKS = ("needle", "key_value", "chain", "chain", "chain")
-TUNE_TASKS = ("needle", "key_value", "chain", "chain", "chain", "chain")
+TUNE_TASKS = ("needle", "key_value", *["chain"] * 8)
 
 
 def masks_config(output: Path, *, steps: int, num_samples: int, seed: int) -> RunConfig:
@@ -55,13 +55,13 @@ def tune_config(output: Path, *, steps: int, num_samples: int, seed: int) -> Run
         stage="sft",
         sparse=str(output / MASKS_FOLDER / "artefact"),
         data=DataConfig(
-            text=_text("train"), seq_len=1024, recall=RecallConfig(ratio=0.75, tasks=TUNE_TASKS), seed=seed + 1
+            text=_text("train"), seq_len=1024, recall=RecallConfig(ratio=0.9, tasks=TUNE_TASKS), seed=seed + 1
         ),
         objective=ObjectiveConfig(kl=1.0),
         evaluation=_evaluation(num_samples),
         trainer={
             "max_steps": steps,
-            "learning_rate": 1.5e-4,
+            "learning_rate": 2.2e-4,
             "warmup_steps": 5,
             "lr_scheduler_type": "linear",
             "logging_steps": 5,
@@ -76,4 +76,4 @@ def _text(split: str) -> tuple[TextSource, ...]:
 
 
 def _evaluation(num_samples: int) -> EvaluationConfig:
-    return EvaluationConfig(text=_text("validation")[0], seq_len=SEQ_LEN, num_samples=num_samples, num_rows=8)
+    return EvaluationConfig(text=_text("validation")[0], seq_len=SEQ_LEN, num_samples=num_samples, num_rows=6)

@@ -61,6 +61,7 @@ def evaluate_recall(
     seq_len: int,
     num_samples: int,
     seed: int = 0,
+    batch_size: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> list[RecallResult]:
     """Exact match of the model, as it is configured now, on each task.
@@ -73,6 +74,7 @@ def evaluate_recall(
         seq_len: tokens of each sample.
         num_samples: of each task.
         seed: samples with the same seed are the same.
+        batch_size: samples per forward pass.
         progress: called after each sample.
 
     Raises:
@@ -86,24 +88,26 @@ def evaluate_recall(
         results = []
         for task in tasks:
             exact = 0
-            for sample in recall_samples(task, filler, tokenizer, seq_len, num_samples, seed):
-                exact += _is_exact(model, sample)
+            samples = recall_samples(task, filler, tokenizer, seq_len, num_samples, seed)
+            for start in range(0, num_samples, batch_size):
+                batch = samples[start : start + batch_size]
+                exact += _count_exact(model, batch)
                 if progress is not None:
-                    progress()
+                    for _ in batch:
+                        progress()
             results.append(RecallResult(task=task.name, num_samples=num_samples, num_exact=exact, seq_len=seq_len))
         return results
     finally:
         model.train(was_training)
 
 
-def _is_exact(model: PreTrainedModel, sample: RecallSample) -> bool:
-    ids = torch.tensor([sample.input_ids], device=model.device)
+def _count_exact(model: PreTrainedModel, samples: Sequence[RecallSample]) -> int:
+    """How many samples of one length are answered word for word."""
+    ids = torch.tensor([sample.input_ids for sample in samples], device=model.device)
     # Logits are formed from just before the first answer on.
-    kept = len(sample.input_ids) - min(start for start, _ in sample.answer_spans) + 1
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0]
-    first = len(sample.input_ids) - kept
-    for start, end in sample.answer_spans:
-        chosen = logits[start - 1 - first : end - 1 - first].argmax(-1)
-        if not torch.equal(chosen, ids[0, start:end]):
-            return False
-    return True
+    first = min(start for sample in samples for start, _ in sample.answer_spans) - 1
+    chosen = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits.argmax(-1)
+    return sum(
+        all(torch.equal(row[start - 1 - first : end - 1 - first], own[start:end]) for start, end in sample.answer_spans)
+        for sample, row, own in zip(samples, chosen.cpu(), ids.cpu(), strict=True)
+    )
