@@ -105,7 +105,9 @@ def main() -> None:
             lower_is_better=False,
         ),
     ]
-    write_figures(options.output, figures, command="python " + " ".join(sys.argv))
+    # Where the file went on the machine that measured is nobody's business.
+    arguments = [Path(word).name if word == str(options.output) else word for word in sys.argv[1:]]
+    write_figures(options.output, figures, command=" ".join(["python scripts/head_search.py", *arguments]))
     for figure in figures:
         console.print(f"{figure.case}: {figure.value:.3f} (dense {figure.baseline})")
 

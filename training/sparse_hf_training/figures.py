@@ -67,7 +67,12 @@ def software() -> str:
 
 
 def commit() -> str | None:
-    """The project's commit when it runs from a checkout, with "+changes" when files differ from it."""
+    """The project's commit when it runs from a checkout, with "+changes" when files differ from it.
+
+    `SPARSE_HF_COMMIT` names it where a copy of the files runs without git.
+    """
+    if given := os.environ.get("SPARSE_HF_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

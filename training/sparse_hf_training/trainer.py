@@ -79,7 +79,10 @@ class SparseTrainer(Trainer):
         # The loss below is a sum over label tokens / their number in the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.objective: ObjectiveConfig = objective or ObjectiveConfig()
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher = teacher
+        if teacher is not None:
+            frozen: nn.Module = teacher
+            frozen.to(self.args.device).eval().requires_grad_(False)
         self.judge = judge
         self.learning: MaskLearning | None = getattr(model, MODULE_NAME, None)
         self._mask_callback = MaskStepCallback(self.learning) if self.learning is not None else None

@@ -216,7 +216,8 @@ def _reload(artefact: Path, seed: int) -> dict[str, Any]:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise ValueError(f"the artefact could not be used in a new process: {last[0]}")
-    reloaded: dict[str, Any] = json.loads(done.stdout)
+    # Some libraries greet on stdout when they are imported.
+    reloaded: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return reloaded
 
 
