@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from sparse_hf_kernels import HeadPattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """Base of all methods. A subclass adds its parameters as fields and says what they mean to a kernel."""
 
     name: ClassVar[str]
@@ -19,9 +20,9 @@ class Method:
     is_static: ClassVar[bool] = True
     """True when the pattern needs shapes only, not q and k."""
 
+    @abstractmethod
     def pattern(self) -> HeadPattern:
-        """The pattern a kernel reads. Static methods only."""
-        raise NotImplementedError
+        """What a head of this method reads."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain, with the method's name under `"method"`; `method_from_dict` is its inverse."""

@@ -65,14 +65,15 @@ def _print(report: DemoReport) -> None:
     ]
     random_loss = sum(draw.text_loss for draw in report.random) / len(report.random)
     losses = [*(one.text_loss for one in judged), random_loss]
-    rows.append(("loss on held text, nats/token", *(f"{loss:.4f}" for loss in losses)))
+    rows.append(("loss, nats/token", *(f"{loss:.4f}" for loss in losses)))
     held = f"{report.kv_bytes:,}"
-    rows.append((f"KV cache at {SEQ_LEN} tokens, bytes", f"{report.dense_kv_bytes:,}", held, held, ""))
+    rows.append(("KV bytes", f"{report.dense_kv_bytes:,}", held, held, ""))
     title = (
-        f"{HEAD_SPARSITY:.1%} of KV heads sparse: {NUM_SINK_TOKENS} sinks + {WINDOW_SIZE} tokens "
-        f"of {SEQ_LEN} (exact match, {report.dense.recall[0].num_samples} samples a task)"
+        f"{HEAD_SPARSITY:.1%} of KV heads sparse: {NUM_SINK_TOKENS} sinks + {WINDOW_SIZE} tokens of {SEQ_LEN}\n"
+        f"exact match on {report.dense.recall[0].num_samples} samples a task; "
+        f"random heads: {len(report.random)} draws, {report.random[0].recall[0].num_samples} samples each"
     )
-    columns = ("", "dense", "learned masks", "+ fine-tuned", f"random heads, mean of {len(report.random)}")
+    columns = ("", "dense", "learned masks", "+ fine-tuned", "random heads")
     write(table(title, columns, rows))
     reloaded = report.reloaded
     write(
