@@ -67,5 +67,5 @@ def plot_recall(report: DemoReport, path: Path) -> None:
     axes.set_ylabel("exact match")
     sparsity = 1 - report.head_masks.float().mean().item()
     axes.set_title(f"{sparsity:.1%} of KV heads sparse, {report.dense.recall[0].seq_len} tokens", fontsize=10)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(series), fontsize=8)
     figure.savefig(path, dpi=150)
