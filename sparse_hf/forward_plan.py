@@ -102,12 +102,28 @@ class ForwardPlan:
         logical = (counted - 1).masked_fill(~valid, -1)
         rows = slice(int(self.q_offset), total)
         columns = slice(self.kv_offset, seen)
+        if self.kv_offset and segments is None:
+            self._check_dropped(logical[:, : self.kv_offset], logical[:, rows])
         return TokenPositions(
             q_positions=logical[:, rows],
             k_positions=logical[:, columns],
             q_segments=None if all_segments is None else all_segments[:, rows],
             k_segments=None if all_segments is None else all_segments[:, columns],
         )
+
+    def _check_dropped(self, dropped: Tensor, queries: Tensor) -> None:
+        """Raises ValueError if a sliding cache of transformers dropped keys that a query can still read.
+
+        It counts slots: padding between a row's tokens fills its window and pushes real tokens out.
+        """
+        window = self.kv_len - self.q_len + 1
+        first = queries.masked_fill(queries < 0, queries.shape[1] + self.kv_offset + self.kv_len).amin(-1)
+        newest = dropped.amax(-1)
+        if bool(((newest >= 0) & (first - newest < window)).any()):
+            raise ValueError(
+                "a sliding-window cache of transformers counts padding between tokens and has dropped keys that are "
+                "still in the window; pad on the left, or pass past_key_values=SparseCache.for_model(model)"
+            )
 
     def _seen_mask(self, length: int) -> Tensor:
         """Boolean `[batch or 1, length]` of real tokens; slots after the newest token are empty."""

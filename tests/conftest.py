@@ -54,3 +54,21 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def figure_keys() -> set[str]:
+    """The columns of every row of measured figures."""
+    return {
+        "case",
+        "value",
+        "unit",
+        "lower_is_better",
+        "must",
+        "goal",
+        "baseline",
+        "hardware",
+        "software",
+        "commit",
+        "command",
+    }

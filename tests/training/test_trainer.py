@@ -337,6 +337,11 @@ def test_tensorboard_gets_the_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {"train/sparsity/target", "train/loss/kl"} <= set(events.Tags()["scalars"])
 
 
+def test_label_smoothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label smoothing"):
+        trainer_for(tmp_path, label_smoothing_factor=0.1)
+
+
 def test_trainer_state_is_json(tmp_path: Path) -> None:
     trainer_for(tmp_path, save_strategy="steps", save_steps=6).train()
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())

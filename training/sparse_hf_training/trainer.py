@@ -76,6 +76,8 @@ class SparseTrainer(Trainer):
                 "gates get no gradient under reentrant checkpointing; "
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+        if self.args.label_smoothing_factor:
+            raise ValueError("label smoothing is not supported; set label_smoothing_factor to 0")
         # The loss below is a sum over label tokens / their number in the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.objective: ObjectiveConfig = objective or ObjectiveConfig()
