@@ -1,14 +1,14 @@
 """What each KV head reads: closed-form windows and sinks, or compact lists of blocks. Never an N x N mask.
 
-Conventions. A query at position i reads a key at position j only if j <= i. A window of W reads 0 <= i - j < W (itself
-included); `num_sink_tokens` reads j < num_sink_tokens. Positions count the real tokens of one sequence from 0, whatever
-padding, packing, chunking or eviction did to where the tokens lie in memory.
+Conventions. A query at position i reads a key at position j only if j <= i, unless the layout is not causal. A window
+of W reads |i - j| < W (itself included); `num_sink_tokens` reads j < num_sink_tokens. Positions count the real tokens
+of one sequence from 0, whatever padding, packing, chunking or eviction did to where the tokens lie in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -26,7 +26,8 @@ class BlockList:
     Args:
         block_size: tokens per block, for queries and keys alike.
         row_ptr: `num_rows + 1` offsets into `indices`, beginning at 0 and never falling.
-        indices: KV block numbers, ascending within a row, none after its query block (causality is kept by position).
+        indices: KV block numbers, ascending within a row. Causal layouts want none after its query block (within the
+            diagonal block, causality is kept by position).
     """
 
     block_size: int
@@ -47,10 +48,24 @@ class BlockList:
             columns = self.indices[ptr[row] : ptr[row + 1]]
             if any(a >= b for a, b in pairwise(columns)):
                 raise ValueError(f"block row {row}: indices must ascend without repeats, got {list(columns)[:8]}")
-            if columns and (columns[0] < 0 or columns[-1] > row):
+            if columns and (columns[0] < 0 or columns[-1] >= self.num_rows):
                 raise ValueError(
-                    f"block row {row}: indices must lie in [0, {row}] (causal), got {columns[0]} to {columns[-1]}"
+                    f"block row {row}: indices must lie in [0, {self.num_rows}), got {columns[0]} to {columns[-1]}"
                 )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Tables are looked up by layout in every call; the tuples can be long.
+        return hash((self.block_size, self.row_ptr, self.indices))
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """No row lists a block that begins after it."""
+        ends = (self.indices[end - 1] if end > begin else 0 for begin, end in pairwise(self.row_ptr))
+        return all(last <= row for row, last in enumerate(ends))
 
     @property
     def num_rows(self) -> int:
@@ -63,17 +78,15 @@ class BlockList:
 
     @classmethod
     def from_mask(cls, mask: Tensor, block_size: int) -> BlockList:
-        """From a boolean `[num_rows, num_rows]` block mask; blocks after the diagonal must be off.
+        """From a boolean `[num_rows, num_rows]` block mask.
 
         Raises:
-            ValueError: if the mask is not a square boolean matrix or keeps a block that lies in the future.
+            ValueError: if the mask is not a square boolean matrix.
         """
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
             raise ValueError(
                 f"expected a square boolean block mask [rows, rows], got {mask.dtype} of shape {tuple(mask.shape)}"
             )
-        if bool(mask.triu(1).any()):
-            raise ValueError("the block mask keeps blocks after the diagonal; apply .tril() for causal attention")
         counts = mask.sum(-1).cumsum(0).tolist()
         return cls(block_size=block_size, row_ptr=(0, *counts), indices=tuple(mask.nonzero()[:, 1].tolist()))
 
@@ -88,7 +101,7 @@ class BlockList:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
-    """What one head reads: (window or sinks) when `blocks` is None, else the listed blocks. Always causal."""
+    """What one head reads: (window or sinks) when `blocks` is None, else the listed blocks."""
 
     window: int = UNBOUNDED
     num_sink_tokens: int = 0
@@ -105,9 +118,9 @@ class HeadPattern:
         return self.blocks is None and self.window == UNBOUNDED
 
     def keeps(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """Boolean, broadcast over both: may the query read the key, causality and sequence borders apart."""
+        """Boolean, broadcast over both: may the query read the key? Causality and sequence borders apart."""
         if self.blocks is None:
-            return (q_positions - k_positions < self.window) | (k_positions < self.num_sink_tokens)
+            return ((q_positions - k_positions).abs() < self.window) | (k_positions < self.num_sink_tokens)
         table = self.blocks.mask.to(q_positions.device)
         last = self.blocks.num_rows - 1
         rows = (q_positions // self.blocks.block_size).clamp(0, last)
@@ -121,13 +134,15 @@ class AttentionLayout:
 
     Args:
         patterns: one per KV head; all query heads of its group follow it.
-        max_distance: keys at i - j >= max_distance are never read, whatever the pattern: a model's own sliding window.
+        max_distance: keys at |i - j| >= max_distance are never read, whatever the pattern: a model's own window.
         num_dense_rows: queries at positions below it read every key; where a break-even length is set, it stands here.
+        causal: queries read no later key.
     """
 
     patterns: tuple[HeadPattern, ...]
     max_distance: int = UNBOUNDED
     num_dense_rows: int = 0
+    causal: bool = True
 
     def __post_init__(self) -> None:
         if not self.patterns:
@@ -138,9 +153,17 @@ class AttentionLayout:
                 f"got {self.max_distance} and {self.num_dense_rows}"
             )
 
+        if not self.causal and self.num_dense_rows:
+            raise ValueError("num_dense_rows is a prefix of causal attention; leave it 0 without causality")
+        for pattern in self.patterns if self.causal else ():
+            if pattern.blocks is not None and not pattern.blocks.is_causal:
+                raise ValueError(
+                    "a block list keeps blocks after the diagonal; apply .tril() to its mask, or set causal=False"
+                )
+
     @classmethod
-    def dense(cls, num_kv_heads: int, max_distance: int = UNBOUNDED) -> AttentionLayout:
-        return cls(patterns=(HeadPattern(),) * num_kv_heads, max_distance=max_distance)
+    def dense(cls, num_kv_heads: int, max_distance: int = UNBOUNDED, causal: bool = True) -> AttentionLayout:
+        return cls(patterns=(HeadPattern(),) * num_kv_heads, max_distance=max_distance, causal=causal)
 
     @property
     def num_kv_heads(self) -> int:
@@ -160,27 +183,27 @@ class AttentionLayout:
 
     def select(self, heads: Sequence[int]) -> AttentionLayout:
         """The layout of these KV heads alone, in the order given."""
-        return AttentionLayout(
-            patterns=tuple(self.patterns[head] for head in heads),
-            max_distance=self.max_distance,
-            num_dense_rows=self.num_dense_rows,
-        )
+        return replace(self, patterns=tuple(self.patterns[head] for head in heads))
 
     def allowed(self, pattern: HeadPattern, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-        """`pattern.keeps` under this layout's `max_distance` and `num_dense_rows`; same broadcasting."""
+        """`pattern.keeps` under causality and this layout's `max_distance` and `num_dense_rows`; same broadcasting."""
         keep = pattern.keeps(q_positions, k_positions)
         if self.num_dense_rows:
             keep = keep | (q_positions < self.num_dense_rows)
         if self.max_distance < UNBOUNDED:
-            keep = keep & (q_positions - k_positions < self.max_distance)
+            keep = keep & ((q_positions - k_positions).abs() < self.max_distance)
+        if self.causal:
+            keep = keep & (k_positions <= q_positions)
         return keep
 
     def row_counts(self, pattern: HeadPattern, seq_len: int) -> Tensor:
         """Exact number of keys that each query of one sequence reads: int64 `[seq_len]`.
 
         Raises:
-            ValueError: if a block list does not cover `seq_len`.
+            ValueError: if a block list does not cover `seq_len`, or without causality.
         """
+        if not self.causal:
+            raise ValueError("row_counts counts causal attention only; this layout is not causal")
         last = torch.arange(seq_len)  # the last readable key of each query, its own
         first = (last - self.max_distance + 1).clamp_min(0)
         if pattern.blocks is None:

@@ -39,7 +39,10 @@ class Explicit(Method):
         object.__setattr__(self, "indices", tuple(self.indices))
         if not self.row_ptr:
             raise ValueError("explicit: give row_ptr and indices, or build it with Explicit.from_block_mask(mask, ...)")
-        _ = self.blocks
+        if not self.blocks.is_causal:
+            raise ValueError(
+                "explicit: the mask keeps blocks after the diagonal, which causal attention never reads; apply .tril()"
+            )
 
     @cached_property
     def blocks(self) -> BlockList:

@@ -26,7 +26,7 @@ def naive_mask(layout: AttentionLayout, positions: TokenPositions) -> Tensor:
     heads = []
     for pattern in layout.patterns:
         if pattern.blocks is None:
-            keep = ((i - j) < pattern.window) | (j < pattern.num_sink_tokens)
+            keep = ((i - j).abs() < pattern.window) | (j < pattern.num_sink_tokens)
         else:
             blocks = pattern.blocks
             pairs = {
@@ -39,8 +39,10 @@ def naive_mask(layout: AttentionLayout, positions: TokenPositions) -> Tensor:
                 table[row, column] = True
             # Empty slots (position -1) read and are read by nobody: any table entry will do.
             keep = table[i.clamp_min(0) // blocks.block_size, j.clamp_min(0) // blocks.block_size]
-        keep = (keep | (i < layout.num_dense_rows)) & (i - j < layout.max_distance)
-        keep = keep & (j <= i) & (j >= 0) & (i >= 0)
+        keep = (keep | (i < layout.num_dense_rows)) & ((i - j).abs() < layout.max_distance)
+        keep = keep & (j >= 0) & (i >= 0)
+        if layout.causal:
+            keep = keep & (j <= i)
         if positions.q_segments is not None:
             keep = keep & (positions.q_segments[:, :, None] == positions.k_segments[:, None, :])
         heads.append(keep)
@@ -70,3 +72,8 @@ def naive_attention(
 @pytest.fixture(scope="session")
 def naive() -> Naive:
     return naive_attention
+
+
+@pytest.fixture(scope="session", name="naive_mask")
+def naive_mask_fixture() -> Callable[[AttentionLayout, TokenPositions], Tensor]:
+    return naive_mask

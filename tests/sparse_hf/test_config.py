@@ -115,8 +115,9 @@ def test_windows_and_sinks_are_positive_integers(value: Any) -> None:
     [
         ({}, "row_ptr"),
         ({"row_ptr": [0, 1], "indices": [0], "block_size": 0}, "block_size must be positive"),
-        ({"row_ptr": [0, 1], "indices": [1]}, "causal"),
-        ({"row_ptr": [0, 1], "indices": [-1]}, "causal"),
+        ({"row_ptr": [0, 1, 2], "indices": [1, 1]}, "causal"),
+        ({"row_ptr": [0, 1], "indices": [1]}, "must lie in"),
+        ({"row_ptr": [0, 1], "indices": [-1]}, "must lie in"),
         ({"row_ptr": [0, 1, 3], "indices": [0, 1, 0]}, "ascend"),
         ({"row_ptr": [0, 1, 3], "indices": [0, 1, 1]}, "ascend"),
         ({"row_ptr": [0, 2, 1], "indices": [0]}, "row_ptr"),
