@@ -25,9 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/sparse-hf demo
 
-# To come, in a process of its own: TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
+# Triton's interpreter is chosen when kernels are imported, hence a process of its own.
 test: install
 	$(BIN)/pytest -m "not network" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

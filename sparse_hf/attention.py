@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_hf.cache import PendingKV
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState, get_layer_state
-from sparse_hf_kernels import TokenPositions, mixed_attention, sparse_attention
+from sparse_hf_kernels import TokenPositions, TracedPositions, mixed_attention, sparse_attention
 
 ATTENTION_NAME = "sparse_hf"
 
@@ -57,7 +57,12 @@ def sparse_attention_forward(
 
 
 def _attend(
-    state: LayerState, query: Tensor, key: Tensor, value: Tensor, positions: TokenPositions, scale: float
+    state: LayerState,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: TokenPositions | TracedPositions,
+    scale: float,
 ) -> Tensor:
     gate = state.current_gate()
     if gate is None:
@@ -82,18 +87,18 @@ def _attend_cached(
         raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
     if pending.layer.layout != state.layout:
         raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
-    q_positions, groups = pending.store(plan, position_ids)
+    groups = pending.store(plan, position_ids)
     batch, _, q_len, head_dim = query.shape
     grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
     out = torch.empty_like(grouped)
-    for group in groups:
+    for group, positions in groups:
         heads = list(group.heads)
         attended = sparse_attention(
             grouped[:, heads].flatten(1, 2),
             group.keys,
             group.values,
             state.layout.select(heads),
-            positions=TokenPositions(q_positions=q_positions, k_positions=group.positions),
+            positions=positions,
             scale=scale,
         )
         out[:, heads] = attended.unflatten(1, (len(heads), -1))

@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_hf.forward_plan import ForwardPlan
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout
+from sparse_hf_kernels import UNBOUNDED, AttentionLayout, TokenPositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,17 @@ def retention_groups(layout: AttentionLayout, per_head: bool = True) -> list[tup
 
 @dataclass(kw_only=True, eq=False)
 class HeadGroup:
-    """Stored keys and values of some KV heads: `[batch, heads, length, head_dim]`, positions `[batch, length]`."""
+    """Stored keys and values of some KV heads: `[batch, heads, length, head_dim]`, positions `[batch, length]`.
+
+    `first` is the position of the first key, the others following it, in all rows alike; None where that does not hold.
+    """
 
     retention: Retention
     heads: tuple[int, ...]
     keys: Tensor
     values: Tensor
     positions: Tensor
+    first: int | None = 0
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Takes the new tokens of all KV heads `[batch, num_kv_heads, new, head_dim]` and stores this group's."""
@@ -70,6 +74,13 @@ class HeadGroup:
         self.keys = torch.cat([self.keys, keys[:, picked]], 2)
         self.values = torch.cat([self.values, values[:, picked]], 2)
         self.positions = torch.cat([self.positions, positions], 1)
+
+    def token_positions(self, q_positions: Tensor, seen: int) -> TokenPositions:
+        """Of queries at `q_positions [batch, q_len]` and the stored keys; `seen` slots came before the queries."""
+        if self.first is None:
+            return TokenPositions(q_positions=q_positions, k_positions=self.positions)
+        q_len, kv_len = q_positions.shape[1], self.positions.shape[1]
+        return TokenPositions.causal(q_len, kv_len, q_positions.device, q_offset=seen, k_offset=self.first)
 
     def evict(self, lengths: Tensor) -> None:
         """Frees what no query at a position >= `lengths [batch]` can read."""
@@ -81,6 +92,8 @@ class HeadGroup:
         # Kept slots first, in order. Rows that keep fewer fill up with slots that are marked empty.
         order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :capacity]
         self.positions = self.positions.gather(1, order).masked_fill(~keep.gather(1, order), -1)
+        if self.first is not None:
+            self.first = None if self.retention.num_sink_tokens else self.first + self.keys.shape[2] - capacity
         index = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self.keys = self.keys.gather(2, index)
         self.values = self.values.gather(2, index)
@@ -96,8 +109,8 @@ class PendingKV:
     def __init__(self, layer: SparseCacheLayer, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
 
-    def store(self, plan: ForwardPlan, position_ids: Tensor | None) -> tuple[Tensor, list[HeadGroup]]:
-        """Appends the new tokens; returns their positions `[batch, q_len]` and the groups to attend to."""
+    def store(self, plan: ForwardPlan, position_ids: Tensor | None) -> list[tuple[HeadGroup, TokenPositions]]:
+        """Appends the new tokens; returns the groups to attend to, and where queries and keys stand."""
         return self.layer.store(self.keys, self.values, plan, position_ids)
 
     def release(self) -> None:
@@ -152,14 +165,18 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def store(
         self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None
-    ) -> tuple[Tensor, list[HeadGroup]]:
+    ) -> list[tuple[HeadGroup, TokenPositions]]:
         assert self.lengths is not None
         positions = plan.new_tokens(position_ids, self.lengths)
+        plain = plan.is_plain(position_ids)
+        found = []
         for group in self.groups:
             group.append(keys, values, positions)
+            group.first = group.first if plain else None
+            found.append((group, group.token_positions(positions, self.num_tokens)))
         self.lengths = self.lengths + (positions >= 0).sum(-1)
         self.num_tokens += keys.shape[2]
-        return positions, self.groups
+        return found
 
     def release(self) -> None:
         assert self.lengths is not None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_hf_kernels import TokenPositions
+from sparse_hf_kernels import TokenPositions, TracedPositions
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,13 +37,26 @@ class ForwardPlan:
     padding_mask: Tensor | None
     device: torch.device
     ndim: ClassVar[int] = 4  # `generate` prepares masks for static caches; models then leave them alone, like 4-D ones
-    _positions: TokenPositions | None = field(default=None, init=False)
+    _positions: TokenPositions | TracedPositions | None = field(default=None, init=False)
+    _look: tuple[Tensor | None, bool] | None = field(default=None, init=False)
 
-    def positions(self, position_ids: Tensor | None) -> TokenPositions:
+    def positions(self, position_ids: Tensor | None) -> TokenPositions | TracedPositions:
         """Positions when the attention gets all keys in one tensor (no cache, or one of transformers' own)."""
         if self._positions is None:
-            self._positions = self._compute(position_ids)
+            if torch.compiler.is_compiling():
+                self._positions = self._trace(position_ids)
+            else:
+                self._positions = self.compute_positions(position_ids)
         return self._positions
+
+    def _trace(self, position_ids: Tensor | None) -> TracedPositions:
+        """Leaves what depends on the data to an operator of the graph that is being traced."""
+        static, offset = (self.q_offset, 0) if isinstance(self.q_offset, Tensor) else (None, self.q_offset)
+        given = position_ids, self.padding_mask, static, self.q_len, self.kv_len, offset, self.kv_offset, self.device
+        found = _positions_op(*given)
+        return TracedPositions(
+            q_positions=found[0], k_positions=found[1], q_segments=found[2], k_segments=found[3], form=found[4]
+        )
 
     def new_tokens(self, position_ids: Tensor | None, lengths: Tensor) -> Tensor:
         """Positions `[batch, q_len]` of the new tokens after `lengths [batch]` earlier ones; -1 for padding.
@@ -52,7 +65,7 @@ class ForwardPlan:
             ValueError: for packed sequences, which a per-head cache cannot tell apart later.
         """
         valid = self.new_valid(len(lengths))
-        segments = self.new_segments(position_ids)
+        segments, _ = self._look_at(position_ids)
         if segments is not None:
             raise ValueError(
                 "packed sequences (position_ids that restart) cannot be cached per head; "
@@ -60,12 +73,31 @@ class ForwardPlan:
             )
         return (lengths[:, None] + valid.cumsum(-1) - 1).masked_fill(~valid, -1)
 
+    def is_plain(self, position_ids: Tensor | None) -> bool:
+        """Neither padding nor packing."""
+        segments, padded = self._look_at(position_ids)
+        return segments is None and not padded
+
     def new_valid(self, batch: int) -> Tensor:
         """Boolean `[batch, q_len]`: which new tokens are real."""
         return self._seen_mask(int(self.q_offset) + self.q_len)[:, -self.q_len :].expand(batch, -1)
 
-    def new_segments(self, position_ids: Tensor | None) -> Tensor | None:
-        """Integer `[batch or 1, q_len]` numbers of packed sequences, or None when no position id restarts."""
+    def _look_at(self, position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+        """Numbers of packed sequences `[batch or 1, q_len]`, None when no position id restarts; and: is there padding?
+
+        The one place where a forward pass waits for the device, once for all layers.
+        """
+        if self._look is None:
+            border = self._borders(position_ids)
+            padding = None if self.padding_mask is None else ~self._seen_mask(int(self.q_offset) + self.q_len)
+            asked = [x.any() for x in (border, padding) if x is not None]
+            answers = torch.stack(asked).tolist() if asked else []
+            padded = padding is not None and answers[-1]
+            self._look = (border.cumsum(-1) if border is not None and answers[0] else None), padded
+        return self._look
+
+    def _borders(self, position_ids: Tensor | None) -> Tensor | None:
+        """Boolean `[batch or 1, q_len]`: where a position id restarts; None where it cannot."""
         if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] != self.q_len or self.q_len < 2:
             return None
         if self.padding_mask is None:
@@ -78,12 +110,17 @@ class ForwardPlan:
             ids = position_ids.expand(len(valid), -1)
             step = ids - ids.gather(1, before.clamp_min(0))
             border = valid & (before >= 0) & (step != 1) & (step != slots - before)
-        segments = border.cumsum(-1)
-        return segments if bool(segments[:, -1].any()) else None
+        return border
 
-    def _compute(self, position_ids: Tensor | None) -> TokenPositions:
+    def compute_positions(self, position_ids: Tensor | None) -> TokenPositions:
+        """Positions in closed form where there is neither padding nor packing; reads the device to learn that."""
+        segments, _ = self._look_at(position_ids)
+        newest = isinstance(self.q_offset, int) and self.q_offset + self.q_len == self.kv_offset + self.kv_len
+        if newest and self.is_plain(position_ids):
+            return TokenPositions.causal(
+                self.q_len, self.kv_len, self.device, q_offset=int(self.q_offset), k_offset=self.kv_offset
+            )
         index = torch.arange(self.kv_len, device=self.device)
-        segments = self.new_segments(position_ids)
         if self.padding_mask is None and segments is None:
             keys = (index + self.kv_offset)[None]
             queries = torch.arange(self.q_len, device=self.device)[None] + self.q_offset
@@ -169,3 +206,55 @@ def forward_plan_mask(
         padding_mask=attention_mask,
         device=torch.device(device),
     )
+
+
+@torch.library.custom_op(
+    "sparse_hf::token_positions",
+    mutates_args=(),
+    schema="(Tensor? position_ids, Tensor? padding_mask, Tensor? static_offset, SymInt q_len, SymInt kv_len, "
+    "SymInt q_offset, SymInt kv_offset, Device device) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def _positions_op(
+    position_ids: Tensor | None,
+    padding_mask: Tensor | None,
+    static_offset: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    kv_offset: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ForwardPlan.compute_positions` when a compiled graph runs, as the fields of `TracedPositions`."""
+    plan = ForwardPlan(
+        q_len=q_len,
+        kv_len=kv_len,
+        q_offset=q_offset if static_offset is None else static_offset,
+        kv_offset=kv_offset,
+        padding_mask=padding_mask,
+        device=device,
+    )
+    return TracedPositions.pack(plan.compute_positions(position_ids), _batch(position_ids, padding_mask))
+
+
+@_positions_op.register_fake
+def _positions_fake(
+    position_ids: Tensor | None,
+    padding_mask: Tensor | None,
+    static_offset: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    kv_offset: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = _batch(position_ids, padding_mask)
+    queries, keys = (torch.empty(batch, n, dtype=torch.int64, device=device) for n in (q_len, kv_len))
+    return queries, keys, torch.empty_like(queries), torch.empty_like(keys), torch.empty(4, dtype=torch.int64)
+
+
+def _batch(position_ids: Tensor | None, padding_mask: Tensor | None) -> int:
+    """Rows of what `_positions_op` returns."""
+    if padding_mask is not None:
+        return padding_mask.shape[0]
+    return 1 if position_ids is None or position_ids.ndim != 2 else position_ids.shape[0]

@@ -21,7 +21,7 @@ from sparse_hf.forward_plan import forward_plan_mask
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
 from sparse_hf.methods import Method
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout
+from sparse_hf_kernels import UNBOUNDED, AttentionLayout, layout_key
 
 _ATTRIBUTE = "_sparse_hf_handle"
 _CACHE_METHOD = "_prepare_cache_for_generation"
@@ -180,11 +180,13 @@ def _layer_states(
 
 def head_layout(methods: list[Method], config: SparseConfig, max_distance: int) -> AttentionLayout:
     """One layer's layout from its heads' methods; `max_distance` is the model's own window."""
-    return AttentionLayout(
+    layout = AttentionLayout(
         patterns=tuple(method.pattern() for method in methods),
         max_distance=max_distance,
         num_dense_rows=config.min_seq_len,
     )
+    layout_key(layout)  # torch.compile finds it on the layout
+    return layout
 
 
 def _check_support(model: PreTrainedModel, shape: ModelShape) -> None:

@@ -17,7 +17,12 @@ from sparse_hf_kernels.dispatch import (
 from sparse_hf_kernels.layout import UNBOUNDED, AttentionLayout, BlockList, HeadPattern
 from sparse_hf_kernels.mixed_attention import mixed_attention, mixed_attention_reference
 from sparse_hf_kernels.positions import TokenPositions
-from sparse_hf_kernels.sparse_attention import sparse_attention, sparse_attention_reference
+from sparse_hf_kernels.sparse_attention import (
+    TracedPositions,
+    layout_key,
+    sparse_attention,
+    sparse_attention_reference,
+)
 
 __all__ = [
     "UNBOUNDED",
@@ -28,7 +33,9 @@ __all__ = [
     "HeadPattern",
     "Selection",
     "TokenPositions",
+    "TracedPositions",
     "available_backends",
+    "layout_key",
     "mixed_attention",
     "mixed_attention_reference",
     "register_backend",

@@ -1,4 +1,4 @@
-"""Which backend computes an operator, and why. Kernels plug in here; `reference` serves everything else.
+"""Which backend computes an operator, and why: those registered by users, then those of `backends.py` in their order.
 
 `SPARSE_HF_BACKEND=name` forces a backend; one that cannot serve a call then raises instead of falling back.
 """
@@ -9,30 +9,92 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from sparse_hf_kernels.layout import AttentionLayout
+from sparse_hf_kernels.positions import TokenPositions
+from sparse_hf_kernels.ptxas import warn_of_unsafe_ptxas
 
 logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "SPARSE_HF_BACKEND"
 
 
+TILE = 128
+"""The borders that blocks must share, so that no tile of a fused kernel cuts one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionRequest:
-    """What a backend is asked to serve."""
+    """What a backend is asked to serve.
+
+    Args:
+        op, device_type, dtype, head_dim: of the call.
+        layout: what the heads read; None asks about the others alone.
+        value_dim: head_dim of the values, where it differs.
+        capability: of the GPU; None means the current device's.
+        cuts_blocks: the call has block lists whose borders are not those of tiles, by their size or by where the
+            queries stand.
+    """
 
     op: str
     device_type: str
     dtype: torch.dtype
     head_dim: int
     layout: AttentionLayout | None = None
+    value_dim: int | None = None
+    capability: tuple[int, int] | None = None
+    cuts_blocks: bool = False
 
     @classmethod
-    def of(cls, op: str, q: Tensor, layout: AttentionLayout) -> AttentionRequest:
-        return cls(op=op, device_type=q.device.type, dtype=q.dtype, head_dim=q.shape[-1], layout=layout)
+    def of(
+        cls,
+        op: str,
+        q: Tensor,
+        layout: AttentionLayout,
+        *,
+        positions: TokenPositions | None = None,
+        v: Tensor | None = None,
+        full: AttentionLayout | None = None,
+    ) -> AttentionRequest:
+        """The request of a call; `full` is the other layout of `mixed_attention`."""
+        on_gpu = q.device.type == "cuda"
+        layouts = (layout,) if full is None else (layout, full)
+        return cls(
+            op=op,
+            device_type=q.device.type,
+            dtype=q.dtype,
+            head_dim=q.shape[-1],
+            layout=layout,
+            value_dim=None if v is None or v.shape[-1] == q.shape[-1] else v.shape[-1],
+            capability=gpu_capability(q.device.index) if on_gpu else None,
+            cuts_blocks=on_gpu and any(_cuts_blocks(each, positions) for each in layouts),
+        )
+
+
+@lru_cache
+def gpu_capability(index: int | None = None) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None without one."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+def layout_cuts_blocks(layout: AttentionLayout) -> bool:
+    """The layout has block lists whose borders are not those of tiles, wherever the queries stand."""
+    blocks = [pattern.blocks for pattern in layout.patterns if pattern.blocks is not None]
+    return any(block.block_size % TILE for block in blocks) or bool(blocks and layout.num_dense_rows % TILE)
+
+
+def _cuts_blocks(layout: AttentionLayout, positions: TokenPositions | None) -> bool:
+    if all(pattern.blocks is None for pattern in layout.patterns):
+        return False
+    if layout_cuts_blocks(layout):
+        return True
+    if positions is None:
+        return False
+    return positions.offset is None or bool(positions.k_offset or positions.offset % TILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +104,17 @@ class Backend:
     Args:
         name: what `SPARSE_HF_BACKEND` and `sparse-hf env` call it.
         refuses: returns None if the backend can serve a request, else the reason why not.
-        sparse_attention: `(q, k, v, layout, *, positions, scale) -> (out, lse)`.
-        mixed_attention: `(q, k, v, gate, full, sparse, *, positions, scale, skip_saturated) -> out`.
+        sparse_attention: `(q, k, v, layout, *, positions, scale, deterministic) -> (out, lse)`, differentiable.
+        mixed_attention: `(q, k, v, gate, full, sparse, *, positions, scale, skip_saturated, deterministic) -> out`.
+        sparse_attention_backward: `(grad_out, grad_lse, q, k, v, out, lse, layout, *, positions, scale, deterministic)
+            -> (grad_q, grad_k, grad_v)`, which compiled graphs call; by default that of the reference.
     """
 
     name: str
     refuses: Callable[[AttentionRequest], str | None]
     sparse_attention: Callable[..., tuple[Tensor, Tensor]]
     mixed_attention: Callable[..., Tensor]
+    sparse_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +125,12 @@ class Selection:
     reason: str
 
 
-def _reference_backend() -> Backend:
-    from sparse_hf_kernels.mixed_attention.reference import mixed_attention_reference
-    from sparse_hf_kernels.sparse_attention.reference import sparse_attention_reference
+@lru_cache(maxsize=1)
+def _built_in() -> tuple[Backend, ...]:
+    # backends.py imports the operators' implementations, some of which import this module.
+    from sparse_hf_kernels.backends import BUILT_IN
 
-    return Backend(
-        name="reference",
-        refuses=lambda request: None,
-        sparse_attention=sparse_attention_reference,
-        mixed_attention=mixed_attention_reference,
-    )
+    return BUILT_IN
 
 
 _registered: list[Backend] = []
@@ -88,13 +149,13 @@ def register_backend(backend: Backend) -> None:
 
 
 def unregister_backend(name: str) -> None:
-    """Takes a registered backend out again; `reference` always stays."""
+    """Takes a registered backend out again; those of the package always stay."""
     _registered[:] = [backend for backend in _registered if backend.name != name]
 
 
 def available_backends() -> tuple[str, ...]:
     """Names in the order in which they are asked."""
-    return (*(backend.name for backend in _registered), "reference")
+    return tuple(backend.name for backend in (*_registered, *_built_in()))
 
 
 def select_backend(request: AttentionRequest) -> Selection:
@@ -103,7 +164,7 @@ def select_backend(request: AttentionRequest) -> Selection:
     Raises:
         ValueError: if `SPARSE_HF_BACKEND` names an unknown backend or one that refuses the request.
     """
-    candidates = [*_registered, _reference_backend()]
+    candidates = (*_registered, *_built_in())
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced:
         chosen = next((backend for backend in candidates if backend.name == forced), None)
@@ -112,6 +173,7 @@ def select_backend(request: AttentionRequest) -> Selection:
             raise ValueError(f"{BACKEND_VARIABLE}={forced!r} is unknown; available here: {known}")
         if refusal := chosen.refuses(request):
             raise ValueError(f"{BACKEND_VARIABLE}={forced!r} cannot serve {request.op}: {refusal}; unset the variable")
+        _warn_of_compiler(request, chosen)
         return Selection(backend=chosen, reason=f"forced by {BACKEND_VARIABLE}")
     refusals: list[str] = []
     for backend in candidates:
@@ -119,16 +181,24 @@ def select_backend(request: AttentionRequest) -> Selection:
         if refusal is None:
             reason = "; ".join(refusals) or f"first of {', '.join(available_backends())}"
             _say_fallback(request, backend, refusals)
+            _warn_of_compiler(request, backend)
             return Selection(backend=backend, reason=reason)
         refusals.append(f"{backend.name}: {refusal}")
     raise AssertionError("the reference backend refuses nothing")
 
 
 def _say_fallback(request: AttentionRequest, backend: Backend, refusals: list[str]) -> None:
-    """Says once per cause why a call does not run on a fused kernel."""
-    if request.device_type == "cuda" and backend.name == "reference" and not refusals:
-        refusals = [f"no fused kernel is registered for {request.device_type}"]
+    """Says once per cause why a call does not run on the backend that was made for its device."""
+    expected: tuple[str, ...] = () if request.device_type == "cuda" else ("gluon: ", "triton: ")
+    if backend.name == "triton" and (request.capability or gpu_capability()) != (9, 0):
+        expected = ("gluon: ",)
+    refusals = [refusal for refusal in refusals if not refusal.startswith(expected)]
     message = f"{request.op} runs on the {backend.name!r} backend ({'; '.join(refusals)})"
     if refusals and message not in _said:
         _said.add(message)
         logger.warning(message)
+
+
+def _warn_of_compiler(request: AttentionRequest, backend: Backend) -> None:
+    if backend.name in ("gluon", "triton") and (request.capability or gpu_capability()) == (9, 0):
+        warn_of_unsafe_ptxas()

@@ -12,6 +12,7 @@ import typer
 
 from sparse_hf.cli.output import table, write, write_json
 from sparse_hf_kernels import AttentionRequest, available_backends, select_backend
+from sparse_hf_kernels.ptxas import Ptxas, ptxas_in_use, ptxas_of_wheel, remedy
 
 PACKAGES = (
     "sparse-hf",
@@ -27,7 +28,7 @@ PACKAGES = (
 )
 VARIABLES = ("SPARSE_HF_BACKEND", "TRITON_PTXAS_PATH", "TRITON_INTERPRET")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 MISSING = "-"
 
 
@@ -37,6 +38,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "versions": versions(),
         "devices": devices(),
         "backends": backends(),
+        "ptxas": assemblers(),
         "variables": {name: os.environ.get(name, MISSING) for name in VARIABLES},
     }
     if as_json:
@@ -47,6 +49,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     columns = ("device", "dtype", "head_dim", "backend", "reason")
     rows = ([str(row[column]) for column in columns] for row in report["backends"])
     write(table(f"Backends (asked in this order: {', '.join(available_backends())})", columns, rows))
+    write("Assembler of the kernels (ptxas)", *(f"  {name}: {what}" for name, what in report["ptxas"].items()), "")
     write(table("Variables", ("variable", "value"), report["variables"].items()))
 
 
@@ -77,6 +80,19 @@ def devices() -> dict[str, str]:
     if accelerator is not None and accelerator.type not in ("cuda", "mps"):
         found[accelerator.type] = f"{torch.accelerator.device_count()} devices"
     return found
+
+
+def assemblers() -> dict[str, str]:
+    """Which ptxas Triton runs, the one of the wheel nvidia-cuda-nvcc, and what to type if the former is unsafe."""
+
+    def described(ptxas: Ptxas | None) -> str:
+        return MISSING if ptxas is None else str(ptxas)
+
+    return {
+        "in use": described(ptxas_in_use()),
+        "nvidia-cuda-nvcc": described(ptxas_of_wheel()),
+        "needed for sm_90": remedy() or "nothing",
+    }
 
 
 def backends() -> list[dict[str, str | int]]:

@@ -1,8 +1,12 @@
 """Backends plug in, are asked in order, say why they refuse, and leave again."""
 
 import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +19,15 @@ from sparse_hf_kernels import (
     AttentionLayout,
     AttentionRequest,
     Backend,
+    BlockList,
     HeadPattern,
+    TokenPositions,
     available_backends,
+    backends,
     dispatch,
     mixed_attention,
     mixed_attention_reference,
+    ptxas,
     register_backend,
     select_backend,
     sparse_attention,
@@ -92,7 +100,11 @@ def request_for(qkv: list[Tensor], op: str = "sparse_attention") -> AttentionReq
 def test_the_reference_serves_cpu(qkv: list[Tensor], caplog: pytest.LogCaptureFixture) -> None:
     selection = select_backend(request_for(qkv))
     assert selection.backend.name == available_backends()[-1] == "reference"
-    assert "reference" in selection.reason
+    assert selection.reason == (
+        "gluon: needs an NVIDIA GPU of compute capability 9.0, got device 'cpu'; "
+        "triton: needs an NVIDIA GPU, got device 'cpu'"
+    )
+    assert not caplog.records, "that a CPU runs the reference is no news"
 
 
 def test_called_by_the_operators(register: Callable, qkv: list[Tensor]) -> None:
@@ -171,6 +183,158 @@ def test_names_are_unique(register: Callable) -> None:
             register(name)
     unregister_backend("reference")
     assert available_backends()[-1] == "reference"
+
+
+def test_built_in_backends_are_asked_in_this_order() -> None:
+    assert available_backends() == ("gluon", "triton", "reference")
+    for name in available_backends():
+        unregister_backend(name)
+    assert available_backends() == ("gluon", "triton", "reference")
+
+
+BLOCKS = BlockList(block_size=128, row_ptr=(0, 1, 2), indices=(0, 1))
+SMALL_BLOCKS = BlockList(block_size=64, row_ptr=(0, 1, 2), indices=(0, 1))
+HOPPER = AttentionRequest(
+    op="sparse_attention", device_type="cuda", dtype=torch.bfloat16, head_dim=128, capability=(9, 0)
+)
+
+
+def block_layout(blocks: BlockList, **kwargs: Any) -> AttentionLayout:
+    return AttentionLayout(patterns=(HeadPattern(), HeadPattern(blocks=blocks)), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16, "head_dim": 64}, None),
+        ({"head_dim": 256, "layout": AttentionLayout.dense(2, causal=False)}, None),
+        ({"layout": block_layout(BLOCKS)}, None),
+        ({"layout": block_layout(BLOCKS, num_dense_rows=256)}, None),
+        ({"layout": AttentionLayout(patterns=(HeadPattern(),), num_dense_rows=100)}, None),
+        ({"device_type": "cpu"}, "got device 'cpu'"),
+        ({"capability": (8, 0)}, "needs compute capability 9.0, got 8.0"),
+        ({"capability": (10, 0)}, "needs compute capability 9.0, got 10.0"),
+        ({"dtype": torch.float32}, "got float32"),
+        ({"head_dim": 96}, "got 96"),
+        ({"value_dim": 64}, "head_dim 128, got 64"),
+        ({"cuts_blocks": True}, "multiples of 128"),
+        ({"layout": block_layout(SMALL_BLOCKS)}, "multiples of 128"),
+        ({"layout": block_layout(BLOCKS, num_dense_rows=100)}, "multiples of 128"),
+    ],
+)
+def test_what_gluon_refuses(changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_gluon_missing", lambda: None)
+    refusal = backends.gluon_refuses(replace(HOPPER, **changes))
+    if reason is None:
+        assert refusal is None
+    else:
+        assert refusal is not None and reason in refusal
+
+
+@pytest.mark.parametrize(
+    ("layout", "positions", "cuts"),
+    [
+        (block_layout(BLOCKS), TokenPositions.causal(256, 256), False),
+        (block_layout(BLOCKS), TokenPositions.causal(100, 228), False),
+        (block_layout(BLOCKS), TokenPositions.causal(100, 229), True),
+        (block_layout(BLOCKS), TokenPositions.causal(9, 128, k_offset=128, q_offset=256), True),
+        (block_layout(BLOCKS), TokenPositions.from_padding_mask(torch.ones(1, 256)), True),
+        (block_layout(SMALL_BLOCKS), TokenPositions.causal(128, 128), True),
+        (AttentionLayout.dense(2), TokenPositions.from_padding_mask(torch.ones(1, 256)), False),
+    ],
+)
+def test_whether_tiles_cut_blocks(layout: AttentionLayout, positions: TokenPositions, cuts: bool) -> None:
+    assert dispatch._cuts_blocks(layout, positions) == cuts
+
+
+IMPORT_PROBE = """
+import sys, torch
+assert "triton" not in sys.modules, "torch itself imports Triton now: this test shows nothing any more"
+from sparse_hf_kernels import AttentionLayout, available_backends, sparse_attention
+sparse_attention(*(torch.randn(1, 2, 8, 16) for _ in range(3)), AttentionLayout.dense(2))
+assert available_backends() == ("gluon", "triton", "reference")
+for name in ("triton", "torch._dynamo"):
+    assert name not in sys.modules, f"computing on the CPU imports {name}"
+"""
+
+
+def test_the_cpu_needs_no_triton() -> None:
+    """Neither importing the package nor a call on the CPU, which both GPU backends refuse, loads it."""
+    run = subprocess.run([sys.executable, "-c", IMPORT_PROBE], capture_output=True, text=True, env={})
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture
+def ptxas_program(tmp_path: Path) -> Callable[[str], Path]:
+    def make(release: str) -> Path:
+        path = tmp_path / f"ptxas-{release}"
+        path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def ask_ptxas_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    ptxas.warn_of_unsafe_ptxas.cache_clear()
+    yield
+    ptxas.warn_of_unsafe_ptxas.cache_clear()
+
+
+@pytest.mark.parametrize(("release", "safe"), [("12.8", False), ("13.2", False), ("13.3", True), ("14.0", True)])
+def test_ptxas(
+    ptxas_program: Callable,
+    release: str,
+    safe: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    ask_ptxas_again: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Hopper kernels and an unsafe ptxas give one warning, with what to do about it."""
+    path = ptxas_program(release)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(path))
+    monkeypatch.setattr(ptxas, "ptxas_of_wheel", lambda: None)
+    used = ptxas.ptxas_in_use()
+    assert used is not None and used.path == path and used.is_safe == safe
+    assert str(used) == f"{path} ({release})"
+    fused = Backend(name="gluon", refuses=lambda request: None, sparse_attention=None, mixed_attention=None)
+    with caplog.at_level(logging.WARNING, logger="sparse_hf_kernels"):
+        for _ in range(3):
+            dispatch._warn_of_compiler(HOPPER, fused)
+            dispatch._warn_of_compiler(replace(HOPPER, capability=(8, 0)), fused)
+    assert len(caplog.records) == (0 if safe else 1)
+    if not safe:
+        assert 'pip install "nvidia-cuda-nvcc>=13.3"' in caplog.text and release in caplog.text
+        newer = ptxas.ptxas_at(ptxas_program("13.5"))
+        monkeypatch.setattr(ptxas, "ptxas_of_wheel", lambda: newer)
+        assert ptxas.remedy() == f"export TRITON_PTXAS_PATH={newer.path}"
+
+
+def test_no_ptxas_warning_off_hopper(
+    caplog: pytest.LogCaptureFixture, qkv: list[Tensor], ask_ptxas_again: None
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="sparse_hf_kernels"):
+        sparse_attention(*qkv, LAYOUT)
+    assert not caplog.records
+
+
+def test_a_ptxas_that_does_not_run(tmp_path: Path) -> None:
+    broken = tmp_path / "ptxas"
+    broken.write_text("no program")
+    assert not ptxas.ptxas_at(broken).is_safe and "unknown release" in str(ptxas.ptxas_at(broken))
+
+
+def test_ptxas_of_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ptxas_program: Callable) -> None:
+    """Found where the wheel puts it, in the namespace package `nvidia`."""
+    folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    shutil.copy(ptxas_program("13.5"), folder / "ptxas")
+    found = ptxas.ptxas_of_wheel()
+    assert found is not None and found.version == (13, 5)
 
 
 def test_called_by_a_sparsified_model(register: Callable) -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern, TokenPositions, mixed_attention
+from sparse_hf_kernels import (
+    AttentionLayout,
+    BlockList,
+    HeadPattern,
+    TokenPositions,
+    mixed_attention,
+    mixed_attention_reference,
+    sparse_attention_reference,
+)
+from sparse_hf_kernels.mixed_attention.composed import mixed_attention_composed
 from sparse_hf_kernels.testing import assert_close_to_truth
 
 SCALE = 0.3
@@ -76,6 +85,31 @@ def test_skip_saturated(naive: Callable, gate: list[float]) -> None:
     assert_close_to_truth(grads[3], expected, expected, eps=5e-6, name="gradient of gate")
 
 
+@pytest.mark.parametrize("gate", [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.2, 0.4, 0.6]])
+@pytest.mark.parametrize("skip_saturated", [False, True])
+def test_composed_of_two_calls(gate: list[float], skip_saturated: bool) -> None:
+    """What fused backends do is what the reference does, and it leaves out the same heads."""
+    inputs = make_inputs(gate)
+    options = {"positions": TokenPositions.causal(70, 70), "scale": SCALE, "skip_saturated": skip_saturated}
+    computed = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, **kwargs: object) -> tuple[Tensor, Tensor]:
+        computed.append(layout)
+        return sparse_attention_reference(q, k, v, layout, **kwargs)
+
+    expected = mixed_attention_reference(*inputs, FULL, SPARSE, **options)
+    out = mixed_attention_composed(*inputs, FULL, SPARSE, **options, deterministic=True, attend=attend)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    weight = torch.randn_like(out)
+    grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected)]
+    for name, actual, true in zip(("q", "k", "v", "gate"), *grads, strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-5, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    needs_full = [h for h, z in enumerate(gate) if z > 0 or not skip_saturated]
+    needs_sparse = [h for h, z in enumerate(gate) if z < 1 or not skip_saturated]
+    pairs = (FULL, needs_full), (SPARSE, needs_sparse)
+    assert computed == [layout.select(heads) for layout, heads in pairs if heads]
+
+
 @pytest.mark.parametrize(("gate", "left_out"), [(0.0, FULL), (1.0, SPARSE)])
 def test_skip_saturated_does_not_compute_the_other_branch(
     monkeypatch: pytest.MonkeyPatch, gate: float, left_out: AttentionLayout
@@ -117,6 +151,8 @@ def test_half_precision_with_an_fp32_gate(naive: Callable, dtype: torch.dtype) -
 
 def test_inputs_that_do_not_fit() -> None:
     q, k, v, gate = make_inputs([0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match="scale must be positive"):
+        mixed_attention(q, k, v, gate, FULL, SPARSE, scale=-1.0)
     for bad in (gate[:2], gate[None], gate[0]):
         with pytest.raises(ValueError, match=r"gate must be \[3\]"):
             mixed_attention(q, k, v, bad, FULL, SPARSE)

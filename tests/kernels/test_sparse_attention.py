@@ -13,10 +13,10 @@ HEAD_DIM = 16
 SCALE = 0.3
 
 
-def block_list(num_rows: int, block_size: int) -> BlockList:
-    mask = (torch.rand(num_rows, num_rows, generator=torch.Generator().manual_seed(2)) < 0.4).tril()
+def block_list(num_rows: int, block_size: int, causal: bool = True) -> BlockList:
+    mask = torch.rand(num_rows, num_rows, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[1] = False
-    return BlockList.from_mask(mask, block_size)
+    return BlockList.from_mask(mask.tril() if causal else mask, block_size)
 
 
 WINDOW = HeadPattern(window=5)
@@ -30,6 +30,14 @@ LAYOUTS = {
     "mixed": AttentionLayout(patterns=(EXPLICIT, HeadPattern())),
     "native window": AttentionLayout(patterns=(STREAMING, EXPLICIT), max_distance=11),
     "dense rows": AttentionLayout(patterns=(STREAMING, EXPLICIT), max_distance=40, num_dense_rows=30),
+}
+BOTH_WAYS = {
+    "dense": AttentionLayout.dense(2, causal=False),
+    "streaming": AttentionLayout(patterns=(STREAMING, WINDOW), causal=False),
+    "explicit": AttentionLayout(
+        patterns=(HeadPattern(blocks=block_list(19, 16, causal=False)), STREAMING), causal=False
+    ),
+    "native window": AttentionLayout(patterns=(STREAMING, HeadPattern()), max_distance=11, causal=False),
 }
 LENGTHS = (1, 2, 63, 64, 65, 257, 300)
 
@@ -100,6 +108,99 @@ def test_packing(naive: Callable, layout: str) -> None:
     assert_equals_naive(naive, make_inputs(370, batch=1), LAYOUTS[layout], positions)
 
 
+@pytest.mark.parametrize("layout", BOTH_WAYS)
+@pytest.mark.parametrize("place", ["unpadded", "padded", "packed", "a few queries"])
+def test_without_causality(naive: Callable, layout: str, place: str) -> None:
+    q_len, mask = 70, torch.arange(70) >= torch.tensor([[0], [33]])
+    positions = {
+        "unpadded": None,
+        "padded": TokenPositions.from_padding_mask(mask),
+        "packed": TokenPositions.from_cu_seqlens(torch.tensor([0, 40, 41, 70])),
+        "a few queries": TokenPositions.causal(9, 70, q_offset=20),
+    }[place]
+    q_len = 9 if place == "a few queries" else 70
+    assert_equals_naive(naive, make_inputs(q_len, 70), BOTH_WAYS[layout], positions)
+
+
+def test_causality_is_what_the_layout_says() -> None:
+    """Same patterns: only the layout that is not causal changes when a later key does."""
+    q, k, v = make_inputs(20)
+    changed = k.detach().clone()
+    changed[:, :, -1] += 1.0
+    for causal in (True, False):
+        layout = AttentionLayout.dense(2, causal=causal)
+        same = sparse_attention(q, k, v, layout)[:, :, :-1] == sparse_attention(q, changed, v, layout)[:, :, :-1]
+        assert bool(same.all()) == causal
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cu_seqlens_and_q_offset_are_positions(layout: str) -> None:
+    borders = torch.tensor([0, 40, 41, 41, 70], dtype=torch.int32)
+    inputs = make_inputs(70, batch=1)
+    packed = sparse_attention(*inputs, LAYOUTS[layout], cu_seqlens=borders)
+    assert torch.equal(
+        packed, sparse_attention(*inputs, LAYOUTS[layout], positions=TokenPositions.from_cu_seqlens(borders.long()))
+    )
+    for begin, end in ((0, 40), (40, 41), (41, 70)):
+        alone = sparse_attention(*(x[:, :, begin:end] for x in inputs), LAYOUTS[layout])
+        torch.testing.assert_close(packed[:, :, begin:end], alone, rtol=1e-5, atol=1e-6)
+    q, k, v = make_inputs(70)
+    whole = sparse_attention(q, k, v, LAYOUTS[layout])
+    chunk = sparse_attention(q[:, :, 20:33], k, v, LAYOUTS[layout], q_offset=20)
+    torch.testing.assert_close(chunk, whole[:, :, 20:33], rtol=1e-5, atol=1e-6)
+
+
+def test_positions_are_given_once() -> None:
+    q, k, v = make_inputs(8, batch=1)
+    ways = {"positions": TokenPositions.causal(8, 8), "cu_seqlens": torch.tensor([0, 8]), "q_offset": 0}
+    for left_out in ways:
+        two = {name: value for name, value in ways.items() if name != left_out}
+        with pytest.raises(ValueError, match="at most one of positions, cu_seqlens and q_offset"):
+            sparse_attention(q, k, v, LAYOUTS["mixed"], **two)
+
+
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        ([0, 7], "must ascend from 0 to the 8 tokens"),
+        ([1, 8], "must ascend from 0"),
+        ([0, 5, 3, 8], r"must ascend .* got \[0, 5, 3, 8\]"),
+        ([0, *range(1, 20), 8], r"got \[0, 1, 2, 3, ..., 8\]"),
+        ([0], r"integers \[num_sequences \+ 1\]"),
+        ([0.0, 8.0], "must be integers"),
+        ([[0, 8]], "must be integers"),
+    ],
+)
+def test_wrong_cu_seqlens(borders: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*make_inputs(8, batch=1), LAYOUTS["mixed"], cu_seqlens=torch.tensor(borders))
+
+
+def test_cu_seqlens_pack_one_row_of_queries_with_their_keys() -> None:
+    for inputs in (make_inputs(8, batch=2), make_inputs(4, 8, batch=1)):
+        with pytest.raises(ValueError, match="one row of as many queries as keys"):
+            sparse_attention(*inputs, LAYOUTS["mixed"], cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_offsets_count_from_0() -> None:
+    with pytest.raises(ValueError, match="count from 0, got q_offset -1"):
+        sparse_attention(*make_inputs(8), LAYOUTS["mixed"], q_offset=-1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan")])
+def test_the_scale_is_positive(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be positive"):
+        sparse_attention(*make_inputs(8), LAYOUTS["mixed"], scale=scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deterministic_changes_nothing_on_the_reference(layout: str) -> None:
+    inputs = make_inputs(65)
+    outs = [sparse_attention(*inputs, LAYOUTS[layout], deterministic=value) for value in (True, False)]
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
+    assert torch.equal(*outs) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["mixed", "streaming"])
 def test_order_in_memory_does_not_matter(layout: str) -> None:
     """Positions say where tokens stand: permuted queries and keys give permuted outputs (evicted caches rely on it)."""
@@ -134,6 +235,28 @@ def test_no_queries() -> None:
     q, k, v = make_inputs(0, 5)
     out, lse = sparse_attention(q, k, v, LAYOUTS["mixed"], return_lse=True)
     assert out.shape == (2, 4, 0, HEAD_DIM) and lse.shape == (2, 4, 0)
+    for grad in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)):
+        assert bool((grad == 0).all())
+
+
+def test_no_keys() -> None:
+    q, k, v = make_inputs(5)
+    k, v = k[:, :, :0], v[:, :, :0]
+    out, lse = sparse_attention(q, k, v, LAYOUTS["mixed"], q_offset=0, return_lse=True)
+    assert out.shape == q.shape and bool((out == 0).all()) and bool((lse == float("-inf")).all())
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert bool((grad == 0).all())
+
+
+def test_nothing_is_computed_without_queries_or_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_hf_kernels.sparse_attention import eager
+
+    monkeypatch.setattr(eager, "select_backend", None)
+    q, k, v = make_inputs(3)
+    for inputs in ((q[:, :, :0], k, v), (q[:0], k[:0], v[:0])):
+        assert sparse_attention(*inputs, LAYOUTS["mixed"]).numel() == 0
+    with pytest.raises(TypeError):
+        sparse_attention(q, k, v, LAYOUTS["mixed"])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -21,8 +21,9 @@ def mixed_attention_reference(
     positions: TokenPositions,
     scale: float,
     skip_saturated: bool,
+    deterministic: bool = False,
 ) -> Tensor:
-    """See `mixed_attention`. Each branch is computed for the heads that need it."""
+    """See `mixed_attention`. Each branch is computed for the heads that need it; `deterministic` changes nothing."""
     values = gate.detach().tolist()
     needs_full = [h for h, z in enumerate(values) if z > 0 or not skip_saturated]
     needs_sparse = [h for h, z in enumerate(values) if z < 1 or not skip_saturated]

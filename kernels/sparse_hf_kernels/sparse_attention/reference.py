@@ -25,6 +25,7 @@ def sparse_attention_reference(
     *,
     positions: TokenPositions,
     scale: float,
+    deterministic: bool = False,
     mask_value: float = MASK_VALUE,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the keys that the layout keeps.
@@ -35,6 +36,7 @@ def sparse_attention_reference(
         layout: one pattern per KV head.
         positions: where the tokens stand.
         scale: factor on the scores.
+        deterministic: changes nothing; no gradient is summed in an order that may vary.
         mask_value: finite value of masked scores.
 
     Returns:

@@ -1,0 +1,94 @@
+"""What the operators check before a backend sees a call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_hf_kernels.layout import AttentionLayout
+from sparse_hf_kernels.positions import TokenPositions
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, *layouts: AttentionLayout) -> None:
+    """Raises ValueError unless q, k, v and the layouts fit together."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v must be [batch, heads, length, head_dim], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"batch, key length and head_dim must agree, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot be shared out over {k.shape[1]} KV heads")
+    for layout in layouts:
+        if layout.num_kv_heads != k.shape[1]:
+            raise ValueError(f"the layout describes {layout.num_kv_heads} KV heads, k has {k.shape[1]}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()) or not (q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k, v must share one floating dtype and one device, got {q.dtype}, {k.dtype}, {v.dtype} "
+            f"on {q.device}, {k.device}, {v.device}"
+        )
+
+
+def check_positions(q: Tensor, k: Tensor, positions: TokenPositions, *layouts: AttentionLayout) -> None:
+    """Raises ValueError unless the positions have q's and k's lengths, a batch that broadcasts, and block rows."""
+    given = zip(("q", "k"), positions.batches, (positions.q_len, positions.kv_len), (q, k), strict=True)
+    for name, batch, length, x in given:
+        if length != x.shape[2] or batch not in (1, q.shape[0]):
+            raise ValueError(
+                f"{name}_positions must be [{q.shape[0]} or 1, {x.shape[2]}], got {(batch, length)}; "
+                "positions describe each query and each key of the call"
+            )
+    longest = min((p.blocks.max_seq_len for x in layouts for p in x.patterns if p.blocks is not None), default=None)
+    # Positions, not lengths: packing and padding make the tensors longer than a sequence, eviction shorter.
+    if longest is not None and positions.max_seq_len > longest:
+        raise ValueError(
+            f"the explicit pattern covers {longest} tokens, got a sequence of {positions.max_seq_len}; "
+            "give a pattern with more block rows"
+        )
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """The scale, by default `head_dim ** -0.5`.
+
+    Raises:
+        ValueError: unless it is positive: kernels take the maximum of the products before they scale it.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}; negate q for a negative one")
+    return scale
+
+
+def checked_deterministic(deterministic: bool | None) -> bool:
+    """By default what `torch.use_deterministic_algorithms` says."""
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
+def packed_positions(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> TokenPositions:
+    """The positions of packed sequences.
+
+    Raises:
+        ValueError: unless `cu_seqlens` are borders of one row of sequences that fills q and k.
+    """
+    if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"cu_seqlens packs sequences into one row of as many queries as keys, got q {tuple(q.shape)} "
+            f"and k {tuple(k.shape)}; reshape to batch 1, or give positions"
+        )
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be integers [num_sequences + 1], got {cu_seqlens.dtype} of {tuple(cu_seqlens.shape)}"
+        )
+    if not torch.compiler.is_compiling():
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != q.shape[2] or borders != sorted(borders):
+            raise ValueError(f"cu_seqlens must ascend from 0 to the {q.shape[2]} tokens of q, got {_short(borders)}")
+    return TokenPositions.from_cu_seqlens(cu_seqlens.to(q.device, torch.int64), q.shape[2])
+
+
+def _short(borders: list[int]) -> str:
+    return str(borders) if len(borders) <= 8 else f"[{', '.join(map(str, borders[:4]))}, ..., {borders[-1]}]"
