@@ -17,10 +17,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_hf import SparseConfig, Streaming, dense, set_head_masks, sparsify
+from sparse_hf.figures import Figure, write_figures
+from sparse_hf.progress import progress_bar
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, SEQ_LEN, WINDOW_SIZE
 from sparse_hf_training.evaluation import evaluate_recall
-from sparse_hf_training.figures import Figure, write_figures
-from sparse_hf_training.progress import progress_bar
 from sparse_hf_training.tasks import Filler, make_task
 
 Head = tuple[int, int]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from rich.markup import escape
 
+from sparse_hf.cli.bench import bench
 from sparse_hf.cli.env import env
 from sparse_hf.cli.export import export
 from sparse_hf.cli.import_ import import_
@@ -32,6 +33,8 @@ _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "env": (env, "sparse-hf env --json"),
 }
 
+_BENCH = "bench"
+
 
 def build_app(args: Sequence[str] = ()) -> typer.Typer:
     """The application.
@@ -49,14 +52,15 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    if not args or args[0] not in _EXAMPLES:
+    if not args or args[0] not in (*_EXAMPLES, _BENCH):
         for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
-            if entry.name not in _EXAMPLES:
+            if entry.name not in (*_EXAMPLES, _BENCH):
                 _add_entry(app, entry)
     for name, (function, example) in _EXAMPLES.items():
         app.command(
             name, epilog=f"Example:\n\n{escape(example)}", no_args_is_help=name in ("inspect", "export", "import")
         )(function)
+    app.add_typer(bench, name=_BENCH)
     return app
 
 

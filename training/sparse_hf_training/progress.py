@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_hf.progress import progress_bar
 
 SHOWN = {
     "loss/kl": "kl {:.3f}",
@@ -14,19 +16,6 @@ SHOWN = {
     "sparsity/target": "target {:.0%}",
     "sparsity/expected": "expected {:.0%}",
 }
-
-
-def progress_bar(console: Console) -> Progress:
-    """The bar that all long work shows: what, how far, since when, how long still, and the latest figures."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=console,
-    )
 
 
 class RichProgressCallback(TrainerCallback):

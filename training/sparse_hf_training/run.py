@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from sparse_hf.adapters import adapter_for
 from sparse_hf.artefact import save_artefact
 from sparse_hf.config import SparseConfig
+from sparse_hf.figures import Figure, write_figures
 from sparse_hf.patching import dense, get_handle
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
 from sparse_hf_training.evaluation import Judge, Judgement, measure_kv_bytes
-from sparse_hf_training.figures import Figure, write_figures
 from sparse_hf_training.masks import detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
 from sparse_hf_training.progress import RichProgressCallback

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparse_hf_training.figures import Figure
+    from sparse_hf.figures import Figure
 
 
 def evaluate(
@@ -38,13 +38,13 @@ def evaluate(
         from sparse_hf.artefact import load_artefact
         from sparse_hf.auto import AutoSparseModelForCausalLM
         from sparse_hf.cli.output import find_artefact, write, write_json
+        from sparse_hf.figures import write_figures
         from sparse_hf.hub import resolve_artefact_folder
         from sparse_hf.patching import dense
+        from sparse_hf.progress import progress_bar
         from sparse_hf_training.build import build_judge
         from sparse_hf_training.config import EvaluationConfig
         from sparse_hf_training.data import TextSource
-        from sparse_hf_training.figures import write_figures
-        from sparse_hf_training.progress import progress_bar
         from sparse_hf_training.run import judgement_figures
 
         # A Hub id stays one: its repository may hold weights, which are looked for where the model is loaded.

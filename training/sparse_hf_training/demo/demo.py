@@ -17,9 +17,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparse_hf.figures import Figure, write_figures
 from sparse_hf.head_masks import round_scores
 from sparse_hf.patching import get_handle, set_head_masks
 from sparse_hf.plots import plot_head_masks
+from sparse_hf.progress import progress_bar
 from sparse_hf_training.build import build_judge, load_model
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.demo.recipe import (
@@ -32,9 +34,7 @@ from sparse_hf_training.demo.recipe import (
     tune_config,
 )
 from sparse_hf_training.evaluation import Judge, Judgement
-from sparse_hf_training.figures import Figure, write_figures
 from sparse_hf_training.plots import plot_recall, plot_training
-from sparse_hf_training.progress import progress_bar
 from sparse_hf_training.run import FIGURES_NAME, RunResult, judgement_figures, run_training
 from sparse_hf_training.run_folder import CONFIG_NAME
 

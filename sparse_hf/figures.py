@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,10 +38,16 @@ class Figure:
     baseline: float | None = None
 
 
-def write_figures(path: Path, figures: Sequence[Figure], *, command: str) -> None:
-    """Writes the figures with hardware, software and commit, as JSON rows; the old file stays until all is written."""
-    context = {"hardware": hardware(), "software": software(), "commit": commit(), "command": command}
-    rows = [{**asdict(figure), **context} for figure in figures]
+def figure_rows(figures: Sequence[Figure], *, command: str, more_software: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The figures with hardware, software (and `more_software`, each "name version"), commit and command."""
+    versions = ", ".join([software(), *more_software])
+    context = {"hardware": hardware(), "software": versions, "commit": commit(), "command": command}
+    return [{**asdict(figure), **context} for figure in figures]
+
+
+def write_figures(path: Path, figures: Sequence[Figure], *, command: str, more_software: Sequence[str] = ()) -> None:
+    """Writes `figure_rows` as JSON; the old file stays until all is written."""
+    rows = figure_rows(figures, command=command, more_software=more_software)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -73,7 +80,7 @@ def commit() -> str | None:
     """
     if given := os.environ.get("SPARSE_HF_COMMIT"):
         return given
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
 

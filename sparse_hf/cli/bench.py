@@ -1,0 +1,83 @@
+"""`sparse-hf bench`: measures on this machine what the docs say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparse_hf.cli.output import table, write, write_json
+from sparse_hf.progress import progress_bar
+
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels against what users would pick instead.")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure kernels against what users would pick instead."""
+
+
+@bench.command(epilog="Example:\n\nsparse-hf bench kernels --cases dense-forward --seq-lens 16384,65536")
+def kernels(
+    cases: Annotated[str, typer.Option(help="Names, separated by commas; all by default.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, shorter samples, no FlexAttention.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for kernels.json, kernels.csv and plots.")] = Path(
+        "docs/benchmarks"
+    ),
+    seq_lens: Annotated[str, typer.Option(help="In place of the lengths of every case, separated by commas.")] = "",
+    head_dim: Annotated[str, typer.Option(help="Head sizes, separated by commas; 128 and 64 by default.")] = "",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads; bounds hold for 32.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads; bounds hold for 8.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time the kernels beside SDPA, FlexAttention and flash-attn-4 in one run, each checked before it is timed."""
+    from sparse_hf.bench import Options, cuda_session, run_kernels, write_result
+    from sparse_hf.bench.kernels import more_software, write_data
+    from sparse_hf.bench.report import summary_rows
+    from sparse_hf.figures import figure_rows
+    from sparse_hf.plots import has_matplotlib
+
+    options = Options(
+        cases=tuple(name.strip() for name in cases.split(",") if name.strip()),
+        quick=quick,
+        seq_lens=_numbers("--seq-lens", seq_lens),
+        head_dims=_numbers("--head-dim", head_dim),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
+    session = cuda_session(options)
+    console = Console(stderr=True)
+    with progress_bar(console) as progress:
+        task = progress.add_task("measuring", total=1 + len(options.steps()), figures="")
+        result = run_kernels(
+            options,
+            session,
+            progress=lambda text: progress.update(task, advance=1, figures=text),
+            # A run that is cut short leaves what it measured.
+            after_step=lambda so_far: so_far.figures and write_data(so_far, options, out),
+        )
+    written = write_result(result, options, out)
+    if as_json:
+        write_json(figure_rows(result.figures, command=options.command(), more_software=more_software()))
+    else:
+        columns = ("case", "value", "baseline", "must", "goal", "unit", "reached")
+        write(table("Kernels", columns, summary_rows(result.figures), fixed=0))
+    if session.absences and not as_json:
+        rows = ((absence.case, absence.contender, absence.reason) for absence in session.absences)
+        write(table("Absent", ("case", "contender", "because"), rows, fixed=0))
+    if result.broken:
+        typer.echo(f"warning: the run ended early: {result.broken}", err=True)
+    if not has_matplotlib():
+        typer.echo('warning: no plots, matplotlib is not installed; pip install "sparse-hf[bench]"', err=True)
+    typer.echo(f"wrote {', '.join(map(str, written))}", err=True)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers separated by commas, got {text!r}") from None
