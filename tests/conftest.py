@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for one and warns
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-archs", action="store_true", help="compile kernels for every GPU, dtype and layout")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for mark, needed in (("gpu", 1), ("multi_gpu", 2)):

@@ -1,6 +1,7 @@
 """The sparse attention forward kernel for Hopper: a TMA producer warp and two consumer warpgroups.
 
-Structure of FlashAttention-3 (arXiv 2407.08608): the softmax of block i + 1 runs under the P.V product of block i.
+Structure of FlashAttention-3 (arXiv 2407.08608): the softmax of block i + 1 runs under the P.V product of block i, and
+the warpgroups take turns, so that it runs under the other's products too (sections 3.1 and 3.2).
 CTAs are persistent and draw tiles from a counter, in the order of the schedule; the producer loads the next tile's
 numbers, queries and keys while the consumers finish the last one's output.
 """
@@ -54,7 +55,7 @@ def _producer(
 ):  # fmt: skip
     desc_q, desc_k, desc_v, _desc_o = descriptors
     q_s, k_s, v_s = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
     message_s, told, heard = message
     rows, schedule, lists = walk
     count = 0  # blocks issued so far: ring slot and phase, carried across tiles
@@ -133,8 +134,18 @@ def _masked(
 
 
 @gluon.jit
+def _start_softmax(s, scale):
+    """Row maxima in base 2, sums and weights of the first block."""
+    # The maxima stay above any hidden score, so that rows without key have weights of 0.
+    m_i = gl.maximum(gl.max(s, 1) * scale, -1.0e20)
+    p = gl.exp2(s * scale - m_i[:, None])
+    return m_i, gl.sum(p, 1), p
+
+
+@gluon.jit
 def _close_rows(
-    m_i, l_i, rows, head, num_heads, lse, q_len, q_pos, CLOSED: gl.constexpr, ROW_BATCHES: gl.constexpr
+    m_i, l_i, rows, head, num_heads, lse, q_len, q_pos, row_o: gl.constexpr, CLOSED: gl.constexpr,
+    ROW_BATCHES: gl.constexpr,
 ):  # fmt: skip
     """Writes the log-sum-exp; returns what the output is multiplied with, 0 for rows that have no key."""
     some = l_i > 0
@@ -145,7 +156,17 @@ def _close_rows(
         some = some & (gl.load(q_pos + at, mask=rows < q_len, other=-1) >= 0)
     stat = gl.where(some, (m_i + gl.log2(l_i)) * 0.6931471805599453, float("-inf"))
     gl.store(lse + head.to(gl.int64) * q_len + rows, stat, mask=rows < q_len)
-    return gl.where(some, 1.0 / l_i, 0.0)
+    return gl.convert_layout(gl.where(some, 1.0 / l_i, 0.0), row_o)
+
+
+@gluon.jit
+def _first_scores(q_t, k_s, k_full, k_empty, count, zero, BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr):
+    st = count % SLOTS
+    mbarrier.wait(k_full.index(st), (count // SLOTS) & 1)
+    s_t = warpgroup_mma(q_t, k_s.index(st).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s_t,))
+    mbarrier.arrive(k_empty.index(st), count=1)
+    return s
 
 
 @gluon.jit
@@ -156,7 +177,7 @@ def _consumer(
     Q_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_s, k_s, v_s = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
     message_s, told, heard = message
     q_len, _kv_len, _offset, _start, _q_start, q_pos, _q_end, _k_pos, _max_distance, _num_dense_rows = where
     dtype: gl.constexpr = desc_o.dtype
@@ -166,7 +187,9 @@ def _consumer(
     row_s: gl.constexpr = gl.SliceLayout(1, s_l)
     row_o: gl.constexpr = gl.SliceLayout(1, o_l)
     zero = gl.zeros([HM, BN], gl.float32, s_l)
-    floor = gl.full([HM], -1.0e20, gl.float32, row_s)  # above any hidden score: rows without key keep weights of 0
+    turns = 0  # the warpgroups give work to the tensor cores in turn: one's softmax runs under the other's products
+    if cid == 1:
+        mbarrier.arrive(turn.index(0), count=1)
     count = 0
     it = 0
     t = gl.program_id(0)
@@ -178,24 +201,18 @@ def _consumer(
         qi = (it % Q_SLOTS) * CONSUMERS + cid
         q_t = q_s.index(qi).reshape([HM, D])
         mbarrier.wait(q_full.index(qi), (it // Q_SLOTS) & 1)
-        st = count % SLOTS
-        mbarrier.wait(k_full.index(st), (count // SLOTS) & 1)
-        s_t = warpgroup_mma(q_t, k_s.index(st).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = _first_scores(q_t, k_s, k_full, k_empty, count, zero, BN, D, SLOTS)
         if Q_SLOTS == 2:
             if it > 0:
                 # The last tile's output has left its buffer by now; the producer may fill it again.
                 tma.store_wait(0)
                 mbarrier.arrive(q_empty.index(((it - 1) % Q_SLOTS) * CONSUMERS + cid), count=1)
-        s = warpgroup_mma_wait(0, deps=(s_t,))
-        mbarrier.arrive(k_empty.index(st), count=1)
         if full <= 0:
             s = _masked(
                 s, 0, message_s, base, lists, num_heads, where, s_l, cid, HM, BN, SIMPLE, CLOSED, CAUSAL,
                 HAS_K_POS, ROW_BATCHES,
             )  # fmt: skip
-        m_i = gl.maximum(gl.max(s, 1) * scale, floor)
-        p = gl.exp2(s * scale - m_i[:, None])
-        l_i = gl.sum(p, 1)
+        m_i, l_i, p = _start_softmax(s, scale)
         pb = gl.convert_layout(p.to(dtype), p_l)
         acc = gl.zeros([HM, D], gl.float32, o_l)
         count += 1
@@ -203,9 +220,13 @@ def _consumer(
             st = count % SLOTS
             prev = (count - 1) % SLOTS
             mbarrier.wait(k_full.index(st), (count // SLOTS) & 1)
-            s_t = warpgroup_mma(q_t, k_s.index(st).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(turn.index(cid), turns & 1)
+            turns += 1
+            k_t = k_s.index(st).reshape([BN, D]).permute((1, 0))
+            s_t = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(prev), ((count - 1) // SLOTS) & 1)
             a_t = warpgroup_mma(pb, v_s.index(prev).reshape([BN, D]), acc, is_async=True)
+            mbarrier.arrive(turn.index(1 - cid), count=1)
             s = warpgroup_mma_wait(1, deps=(s_t,))
             mbarrier.arrive(k_empty.index(st), count=1)
             if i >= full:
@@ -232,9 +253,9 @@ def _consumer(
         t = read_scalar(message_s, base + 18)
         mbarrier.arrive(heard.index(it % 2), count=1)
         factor = _close_rows(
-            m_i, l_i, row0 + gl.arange(0, HM, layout=row_s), head, num_heads, lse, q_len, q_pos, CLOSED, ROW_BATCHES
-        )
-        factor = gl.convert_layout(factor, row_o)
+            m_i, l_i, row0 + gl.arange(0, HM, layout=row_s), head, num_heads, lse, q_len, q_pos, row_o, CLOSED,
+            ROW_BATCHES,
+        )  # fmt: skip
         acc, pb = warpgroup_mma_wait(0, deps=(a_t, pb))
         mbarrier.arrive(v_empty.index(prev), count=1)
         # The output leaves through the queries' buffer; TMA cuts off rows past q_len.
@@ -275,6 +296,7 @@ def attention_forward_kernel(
     message_s = gl.allocate_shared_memory(gl.int32, [2 * MESSAGE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     for j in gl.static_range(Q_SLOTS * CONSUMERS):
         mbarrier.init(q_full.index(j), count=1)
         mbarrier.init(q_empty.index(j), count=1)
@@ -285,9 +307,10 @@ def attention_forward_kernel(
         mbarrier.init(v_empty.index(j), count=CONSUMERS)
     for j in gl.static_range(2):
         mbarrier.init(told.index(j), count=1)
+        mbarrier.init(turn.index(j), count=1)
         mbarrier.init(heard.index(j), count=CONSUMERS)
     fence_async_shared()
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
     message = (message_s, told, heard)
     descriptors = (desc_q, desc_k, desc_v, desc_o)
     walk = (rows, schedule, lists)
