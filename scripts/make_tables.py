@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/training.md", "docs/benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/training.md", "docs/benchmarks/README.md", "docs/benchmarks/kernels.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
