@@ -74,6 +74,24 @@ class TileTable:
         return len(self.schedule)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Launch:
+    """What a table depends on besides where rows and keys stand."""
+
+    layout: AttentionLayout
+    shape: TileShape
+    batch: int
+    num_heads: int
+    head_dim: int
+    device: torch.device
+    transposed: bool
+    num_programs: int | None = None
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.layout.num_kv_heads
+
+
 def forward_table(
     layout: AttentionLayout,
     geometry: RowGeometry,
@@ -85,12 +103,10 @@ def forward_table(
     device: torch.device,
 ) -> TileTable:
     """One tile per batch row, query head and `shape.rows` queries; it visits blocks of `shape.columns` keys."""
-    if geometry.is_closed_form:
-        return _closed_form_table(
-            layout, geometry.q_len, geometry.kv_len, geometry.offset, geometry.start, shape, batch, num_heads,
-            head_dim, device, False, None,
-        )  # fmt: skip
-    return _build_once(layout, geometry, shape, batch, num_heads, head_dim, device, False, None)
+    launch = _Launch(
+        layout=layout, shape=shape, batch=batch, num_heads=num_heads, head_dim=head_dim, device=device, transposed=False
+    )
+    return _kept(launch, geometry)
 
 
 def backward_table(
@@ -109,95 +125,55 @@ def backward_table(
     Every query head of the group walks the same tiles. With `num_programs`, the number of CTAs that run at a time,
     tiles that would outlast the others (sinks, which every query reads) are cut in parts.
     """
+    launch = _Launch(
+        layout=layout, shape=shape, batch=batch, num_heads=num_heads, head_dim=head_dim, device=device,
+        transposed=True, num_programs=num_programs,
+    )  # fmt: skip
+    return _kept(launch, geometry)
+
+
+def _kept(launch: _Launch, geometry: RowGeometry) -> TileTable:
+    """The table, built once: by lengths in closed form, else with the geometry, which all layers of a pass share."""
     if geometry.is_closed_form:
-        return _closed_form_table(
-            layout, geometry.q_len, geometry.kv_len, geometry.offset, geometry.start, shape, batch, num_heads,
-            head_dim, device, True, num_programs,
-        )  # fmt: skip
-    return _build_once(layout, geometry, shape, batch, num_heads, head_dim, device, True, num_programs)
-
-
-def _build_once(
-    layout: AttentionLayout,
-    geometry: RowGeometry,
-    shape: TileShape,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    device: torch.device,
-    transposed: bool,
-    num_programs: int | None,
-) -> TileTable:
-    """The table of a batch with padding or packing, kept with its geometry: all layers of a forward pass share it."""
+        return _closed_form_table(launch, geometry.q_len, geometry.kv_len, geometry.offset, geometry.start)
     known = geometry.__dict__.setdefault("_tables", {})
-    key = (layout, shape, batch, num_heads, head_dim, device, transposed, num_programs)
-    if key not in known:
-        known[key] = _build(
-            layout, geometry, shape, batch, num_heads, head_dim, device, transposed=transposed,
-            num_programs=num_programs,
-        )  # fmt: skip
-    return known[key]
+    if launch not in known:
+        known[launch] = _build(launch, geometry)
+    return known[launch]
 
 
 @lru_cache(maxsize=128)
-def _closed_form_table(
-    layout: AttentionLayout,
-    q_len: int,
-    kv_len: int,
-    offset: int,
-    start: int,
-    shape: TileShape,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    device: torch.device,
-    transposed: bool,
-    num_programs: int | None,
-) -> TileTable:
-    geometry = RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset, start=start)
-    return _build(
-        layout, geometry, shape, batch, num_heads, head_dim, device, transposed=transposed, num_programs=num_programs
-    )
+def _closed_form_table(launch: _Launch, q_len: int, kv_len: int, offset: int, start: int) -> TileTable:
+    return _build(launch, RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset, start=start))
 
 
-def _build(
-    layout: AttentionLayout,
-    geometry: RowGeometry,
-    shape: TileShape,
-    batch: int,
-    num_heads: int,
-    head_dim: int,
-    device: torch.device,
-    *,
-    transposed: bool,
-    num_programs: int | None = None,
-) -> TileTable:
-    patterns = _Patterns(layout, geometry, shape, transposed)
+def _build(launch: _Launch, geometry: RowGeometry) -> TileTable:
+    layout, device, transposed = launch.layout, launch.device, launch.transposed
+    patterns = _Patterns(layout, geometry, launch.shape, transposed)
     rows = torch.stack([patterns.rows(pattern) for pattern, _ in layout.groups]).to(device)
     pattern_of_head = torch.empty(layout.num_kv_heads, dtype=torch.long)
     for index, (_, heads) in enumerate(layout.groups):
         pattern_of_head[list(heads)] = index
+    # What tiles of one KV head share: its keys and values, or its group's queries and output gradients.
+    shared_rows = geometry.q_len * launch.group if transposed else geometry.kv_len
     table = TileTable(
         rows=rows.flatten(0, 2).to(torch.int32),
         schedule=launch_order(
             rows,
             pattern_of_head.to(device),
-            batch=batch,
-            group=1 if transposed else num_heads // layout.num_kv_heads,
-            # What tiles of one KV head share: its keys and values, or its group's queries and output gradients.
-            shared_bytes=4 * head_dim * (geometry.q_len * num_heads // layout.num_kv_heads)
-            if transposed
-            else 4 * head_dim * geometry.kv_len,
+            batch=launch.batch,
+            group=1 if transposed else launch.group,
+            shared_bytes=4 * launch.head_dim * shared_rows,
         ),
         lists=torch.cat(patterns.lists or [torch.zeros(1, dtype=torch.int32)]).to(device),
     )
-    if num_programs is not None:
-        schedule, splits, num_partials = cut(table.rows, table.schedule, num_heads // layout.num_kv_heads, num_programs)
+    if launch.num_programs is not None:
+        schedule, splits, num_partials = cut(table.rows, table.schedule, launch.group, launch.num_programs)
         table = replace(table, schedule=schedule, splits=splits, num_partials=num_partials)
     return patterns.with_look_up(table)
 
 
-@dataclass(kw_only=False)
+@dataclass
 class _Patterns:
     """The rows of each distinct pattern."""
 
