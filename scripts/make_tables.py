@@ -2,7 +2,11 @@
 
     python scripts/make_tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file of docs/benchmarks without its suffix.
+A table stands between one of these lines and `<!-- end -->`; NAME is a file of docs/benchmarks without its suffix:
+
+    <!-- table: NAME -->            all its figures
+    <!-- table: NAME / TEXT -->     those whose case contains the text
+    <!-- grid: NAME / TEXT -->      the cases "TEXT, ROW: COLUMN", by row and column
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/training.md", "docs/benchmarks/README.md", "docs/benchmarks/kernels.md")
-BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>table|grid): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
+FORMATS = {"bytes": ",.0f", "s": ",.0f", "tokens": ",.0f", "MiB": ",.1f", "%": ".2f", "nats/token": ".4f"}
 
 
 def number(value: float | None, unit: str) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if unit in ("bytes", "s") else f"{value:.4f}" if unit == "nats/token" else f"{value:.3f}"
+    return format(value, FORMATS.get(unit, ".3f"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -37,10 +44,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", source, ""])
 
 
-def render(text: str) -> str:
+def grid(rows: list[dict[str, Any]], text: str) -> str:
+    """A Markdown table of the figures whose case is "TEXT, ROW: COLUMN"; columns of one unit stand together."""
+    cells: dict[str, dict[str, str]] = {}
+    columns: dict[str, str] = {}
+    for row in rows:
+        if row["case"].startswith(f"{text}, "):
+            name, _, column = row["case"].removeprefix(f"{text}, ").partition(": ")
+            bound = f" (bound {row['must']:g})" if row["must"] is not None else ""
+            cells.setdefault(name, {})[column] = number(row["value"], row["unit"]) + bound
+            columns[column] = row["unit"]
+    units = list(dict.fromkeys(columns.values()))
+    ordered = sorted(columns, key=lambda column: units.index(columns[column]))
+    lines = [
+        f"| | {' | '.join(f'{column}, {columns[column]}' for column in ordered)} |",
+        "|---" * (len(ordered) + 1) + "|",
+    ]
+    lines += [
+        f"| {name} | {' | '.join(found.get(column, '') for column in ordered)} |" for name, found in cells.items()
+    ]
+    return "\n".join([*lines, ""]) if cells else ""
+
+
+def render(text: str, folder: Path = ROOT / "docs" / "benchmarks") -> str:
+    """The text with its tables filled in.
+
+    Raises:
+        FileNotFoundError: if figures that a table names are not there.
+        ValueError: if none of them is of a table.
+    """
+
     def fill(match: re.Match[str]) -> str:
-        rows = json.loads((ROOT / "docs" / "benchmarks" / f"{match['name']}.json").read_text(encoding="utf-8"))
-        return f"{match[1]}{table(rows)}{match[3]}"
+        rows = json.loads((folder / f"{match['name']}.json").read_text(encoding="utf-8"))
+        part = match["text"]
+        if match["kind"] == "grid":
+            made = grid(rows, part or "")
+        else:
+            chosen = [row for row in rows if part is None or part in row["case"]]
+            made = table(chosen) if chosen else ""
+        if not made:
+            raise ValueError(f"{match['name']}.json has no figure for {match[1].strip()}")
+        return f"{match[1]}{made}{match[5]}"
 
     return BLOCK.sub(fill, text)
 

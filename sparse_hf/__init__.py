@@ -10,9 +10,36 @@ from sparse_hf.artefact import load_artefact, save_artefact
 from sparse_hf.auto import AutoSparseModelForCausalLM
 from sparse_hf.cache import SparseCache
 from sparse_hf.config import LayerRule, SparseConfig
+from sparse_hf.functional import (
+    flexprefill_prefill,
+    full_prefill,
+    load_prefill_config,
+    minference_prefill,
+    prefill,
+    xattention_prefill,
+)
 from sparse_hf.head_masks import round_scores
 from sparse_hf.hub import push_to_hub
-from sparse_hf.methods import Dense, Explicit, Method, SlidingWindow, Streaming, available_methods
+from sparse_hf.methods import (
+    BigBird,
+    Dense,
+    Dilated,
+    Explicit,
+    Fixed,
+    FlexPrefill,
+    HeadPlace,
+    LocalGlobal,
+    Method,
+    MInference,
+    MInferenceHead,
+    SlidingWindow,
+    Streaming,
+    Strided,
+    Triangle,
+    TriShape,
+    XAttention,
+    available_methods,
+)
 from sparse_hf.patching import dense, is_sparsified, set_head_masks, unsparsify
 from sparse_hf.presets import available_presets
 from sparse_hf.sparsify import sparsify
@@ -22,21 +49,38 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoSparseModelForCausalLM",
+    "BigBird",
     "Dense",
+    "Dilated",
     "Explicit",
+    "Fixed",
+    "FlexPrefill",
+    "HeadPlace",
     "LayerRule",
+    "LocalGlobal",
+    "MInference",
+    "MInferenceHead",
     "Method",
     "SlidingWindow",
     "SparseCache",
     "SparseConfig",
     "SparsitySummary",
     "Streaming",
+    "Strided",
+    "TriShape",
+    "Triangle",
+    "XAttention",
     "available_families",
     "available_methods",
     "available_presets",
     "dense",
+    "flexprefill_prefill",
+    "full_prefill",
     "is_sparsified",
     "load_artefact",
+    "load_prefill_config",
+    "minference_prefill",
+    "prefill",
     "print_sparsity_summary",
     "push_to_hub",
     "round_scores",
@@ -45,4 +89,5 @@ __all__ = [
     "sparsify",
     "sparsity_summary",
     "unsparsify",
+    "xattention_prefill",
 ]

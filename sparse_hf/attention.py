@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_hf.cache import PendingKV
+from sparse_hf.dynamic import LayerHeads, dynamic_attention, dynamic_mixed_attention
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState, get_layer_state
-from sparse_hf_kernels import TokenPositions, TracedPositions, mixed_attention, sparse_attention
+from sparse_hf_kernels import mixed_attention, sparse_attention
 
 ATTENTION_NAME = "sparse_hf"
 
@@ -52,7 +53,7 @@ def sparse_attention_forward(
         _check_length(plan, state)
         # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out = _attend(state, query, key, value, plan.positions(position_ids), scale)
+        out = _attend(state, query, key, value, plan, position_ids, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -61,10 +62,14 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    positions: TokenPositions | TracedPositions,
+    plan: ForwardPlan,
+    position_ids: Tensor | None,
     scale: float,
 ) -> Tensor:
     gate = state.current_gate()
+    if state.selects(gate):
+        return _attend_dynamic(state, gate, query, key, value, plan, position_ids, scale)
+    positions = plan.positions(position_ids)
     if gate is None:
         return sparse_attention(query, key, value, state.layout, positions=positions, scale=scale)
     return mixed_attention(
@@ -80,6 +85,29 @@ def _attend(
     )
 
 
+# Nothing here can be traced, least of all that positions are looked at.
+@torch.compiler.disable
+def _attend_dynamic(
+    state: LayerState,
+    gate: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: ForwardPlan,
+    position_ids: Tensor | None,
+    scale: float,
+) -> Tensor:
+    known = plan.known
+    if "positions" not in known:
+        known["positions"] = plan.compute_positions(position_ids)
+    call: dict[str, Any] = {"positions": known["positions"], "scale": scale, "known": known}
+    if gate is None:
+        return dynamic_attention(query, key, value, LayerHeads.of(state.layout, state.methods), **call)
+    full = LayerHeads.of(state.full, state.full_methods)
+    sparse = LayerHeads.of(state.sparse, state.sparse_methods)
+    return dynamic_mixed_attention(query, key, value, gate, full, sparse, skip_saturated=state.skip_saturated, **call)
+
+
 def _attend_cached(
     state: LayerState, query: Tensor, pending: PendingKV, plan: ForwardPlan, position_ids: Tensor | None, scale: float
 ) -> Tensor:
@@ -92,16 +120,15 @@ def _attend_cached(
     grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
     out = torch.empty_like(grouped)
     for group, positions in groups:
-        heads = list(group.heads)
-        attended = sparse_attention(
-            grouped[:, heads].flatten(1, 2),
-            group.keys,
-            group.values,
-            state.layout.select(heads),
-            positions=positions,
-            scale=scale,
-        )
-        out[:, heads] = attended.unflatten(1, (len(heads), -1))
+        inputs = grouped.index_select(1, group.index).flatten(1, 2), group.keys, group.values
+        layout = state.layout.select(group.heads)
+        if layout.selects:
+            heads = LayerHeads.of(state.layout, state.methods).select(group.heads)
+            # Dynamic heads keep every key: their groups have the same positions in all layers.
+            attended = dynamic_attention(*inputs, heads, positions=positions, scale=scale, known=plan.known)
+        else:
+            attended = sparse_attention(*inputs, layout, positions=positions, scale=scale)
+        out.index_copy_(1, group.index, attended.unflatten(1, (len(group.heads), -1)))
     pending.release()
     return out.flatten(1, 2)
 

@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_hf.forward_plan import ForwardPlan
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout, TokenPositions
+from sparse_hf_kernels import UNBOUNDED, AttentionLayout, HeadPattern, TokenPositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def retention_groups(layout: AttentionLayout, per_head: bool = True) -> list[tup
     """The layout's KV heads, grouped by what their cache must keep; `per_head=False` keeps everything for all."""
     groups: dict[Retention, list[int]] = {}
     for pattern, heads in layout.groups:
-        window = layout.max_distance if pattern.blocks is not None else min(pattern.window, layout.max_distance)
+        window = min(_reach(pattern), layout.max_distance)
         if not per_head or window == UNBOUNDED:
             retention = Retention()
         else:
@@ -54,15 +54,26 @@ def retention_groups(layout: AttentionLayout, per_head: bool = True) -> list[tup
     return [(retention, tuple(sorted(heads))) for retention, heads in groups.items()]
 
 
+def _reach(pattern: HeadPattern) -> int:
+    """Keys at this distance or more are not read, sinks apart."""
+    if pattern.num_last_tokens:
+        return UNBOUNDED  # the next query is a last row
+    if pattern.blocks is not None:
+        return pattern.blocks.reach or UNBOUNDED
+    return pattern.window
+
+
 @dataclass(kw_only=True, eq=False)
 class HeadGroup:
     """Stored keys and values of some KV heads: `[batch, heads, length, head_dim]`, positions `[batch, length]`.
 
     `first` is the position of the first key, the others following it, in all rows alike; None where that does not hold.
+    `index` holds `heads` on the device: a list would be copied there, and waited for, at every use.
     """
 
     retention: Retention
     heads: tuple[int, ...]
+    index: Tensor
     keys: Tensor
     values: Tensor
     positions: Tensor
@@ -70,9 +81,10 @@ class HeadGroup:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Takes the new tokens of all KV heads `[batch, num_kv_heads, new, head_dim]` and stores this group's."""
-        picked = slice(None) if len(self.heads) == keys.shape[1] else list(self.heads)
-        self.keys = torch.cat([self.keys, keys[:, picked]], 2)
-        self.values = torch.cat([self.values, values[:, picked]], 2)
+        if len(self.heads) < keys.shape[1]:
+            keys, values = keys.index_select(1, self.index), values.index_select(1, self.index)
+        self.keys = torch.cat([self.keys, keys], 2)
+        self.values = torch.cat([self.values, values], 2)
         self.positions = torch.cat([self.positions, positions], 1)
 
     def token_positions(self, q_positions: Tensor, seen: int) -> TokenPositions:
@@ -147,6 +159,7 @@ class SparseCacheLayer(CacheLayerMixin):
             HeadGroup(
                 retention=retention,
                 heads=heads,
+                index=torch.tensor(heads, device=key_states.device),
                 keys=key_states.new_empty(batch, len(heads), 0, head_dim),
                 values=value_states.new_empty(batch, len(heads), 0, value_states.shape[-1]),
                 positions=torch.empty(batch, 0, dtype=torch.long, device=key_states.device),

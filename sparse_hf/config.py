@@ -16,6 +16,7 @@ CachePolicy = Literal["per_head", "full"]
 HeadMaskRows = tuple[tuple[int, ...], ...]
 HEAD_MASK_KEYWORDS = ("all_sparse", "all_full")
 HEAD_MASKS_FILE = "head_masks.safetensors"
+AUTO: Literal["auto"] = "auto"
 
 
 def reject_unknown(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -72,7 +73,9 @@ class SparseConfig:
         head_masks: rows of 0 and 1 `[num_layers][num_kv_heads]`; or "all_sparse", "all_full"; or "file", the
             `head_masks.safetensors` beside `sparse_config.json`.
         cache_policy: "per_head" lets sparse heads free what they cannot read any more; "full" keeps every key.
-        min_seq_len: break-even length. Queries at positions below it read densely, in every path alike.
+        min_seq_len: break-even length. Queries at positions below it read densely, in every path alike; a sequence that
+            is no longer is dense as a whole. "auto": the longest length that is measured for the methods on the model's
+            device (`sparse-hf tune break-even`), looked up when the model is sparsified; it stays "auto" here.
     """
 
     full: Method = field(default_factory=Dense)
@@ -80,7 +83,7 @@ class SparseConfig:
     rules: tuple[LayerRule, ...] = ()
     head_masks: HeadMaskRows | str = "all_sparse"
     cache_policy: CachePolicy = "per_head"
-    min_seq_len: int = 0
+    min_seq_len: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "full", method_from_dict(self.full))
@@ -99,8 +102,19 @@ class SparseConfig:
             object.__setattr__(self, "head_masks", _checked_rows(self.head_masks))
         if self.cache_policy not in get_args(CachePolicy):
             raise ValueError(f"cache_policy must be one of {get_args(CachePolicy)}, got {self.cache_policy!r}")
-        if not isinstance(self.min_seq_len, int) or self.min_seq_len < 0:
-            raise ValueError(f"min_seq_len must be an integer >= 0, got {self.min_seq_len!r}")
+        if self.min_seq_len != AUTO and (not isinstance(self.min_seq_len, int) or self.min_seq_len < 0):
+            raise ValueError(f'min_seq_len must be an integer >= 0 or "auto", got {self.min_seq_len!r}')
+
+    @property
+    def num_dense_rows(self) -> int:
+        """`min_seq_len` once it is a number.
+
+        Raises:
+            ValueError: if it is still "auto".
+        """
+        if self.min_seq_len == AUTO:
+            raise ValueError('min_seq_len is "auto"; resolve_min_seq_len(config, ...) looks it up for a device')
+        return self.min_seq_len
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain; `from_dict` is its inverse."""
@@ -125,6 +139,17 @@ class SparseConfig:
             raise ValueError(f"a SparseConfig is a mapping, got {type(values).__name__}")
         reject_unknown("SparseConfig", values, [f.name for f in dataclasses.fields(cls)])
         return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, model: str | None = None) -> SparseConfig:
+        """A preset by its name, or what is published for a method on a model: `preset("triangle", "qwen3-8b")`.
+
+        Raises:
+            ValueError: for an unknown name, or a model for which nothing is published; it says how to find settings.
+        """
+        from sparse_hf.presets import preset
+
+        return preset(name, model)
 
     @classmethod
     def from_file(cls, path: str | Path) -> SparseConfig:

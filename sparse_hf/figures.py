@@ -47,10 +47,14 @@ def figure_rows(figures: Sequence[Figure], *, command: str, more_software: Seque
 
 def write_figures(path: Path, figures: Sequence[Figure], *, command: str, more_software: Sequence[str] = ()) -> None:
     """Writes `figure_rows` as JSON; the old file stays until all is written."""
-    rows = figure_rows(figures, command=command, more_software=more_software)
+    replace_json(path, figure_rows(figures, command=command, more_software=more_software))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name beside the file and renames it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -7,7 +7,9 @@ only at the attention. The positions are worked out at the first layer and kept.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_hf_kernels import TokenPositions, TracedPositions
+from sparse_hf_kernels.capture import asked_as_data, may_read
+
+logger = logging.getLogger(__name__)
+
+RESTARTS = (
+    "a captured CUDA graph was replayed with position_ids that restart or jump; packed sequences need warm-up and "
+    "capture within sparse_hf_kernels.positions_as_data()"
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,6 +47,7 @@ class ForwardPlan:
     padding_mask: Tensor | None
     device: torch.device
     ndim: ClassVar[int] = 4  # `generate` prepares masks for static caches; models then leave them alone, like 4-D ones
+    known: dict[str, Any] = field(default_factory=dict, init=False)  # what layers share that cannot be traced
     _positions: TokenPositions | TracedPositions | None = field(default=None, init=False)
     _look: tuple[Tensor | None, bool] | None = field(default=None, init=False)
 
@@ -63,10 +74,13 @@ class ForwardPlan:
 
         Raises:
             ValueError: for packed sequences, which a per-head cache cannot tell apart later.
+            RuntimeError: for packed sequences where nothing can be read: as a recorded assertion on the device.
         """
         valid = self.new_valid(len(lengths))
         segments, _ = self._look_at(position_ids)
-        if segments is not None:
+        if segments is not None and not may_read():
+            torch._assert_async((segments == 0).all(), RESTARTS)
+        elif segments is not None:
             raise ValueError(
                 "packed sequences (position_ids that restart) cannot be cached per head; "
                 "pass use_cache=False, or one sequence per row"
@@ -80,21 +94,51 @@ class ForwardPlan:
 
     def new_valid(self, batch: int) -> Tensor:
         """Boolean `[batch, q_len]`: which new tokens are real."""
-        return self._seen_mask(int(self.q_offset) + self.q_len)[:, -self.q_len :].expand(batch, -1)
+        return self._seen_mask(self._first + self.q_len)[:, -self.q_len :].expand(batch, -1)
+
+    @property
+    def _first(self) -> int:
+        """Tokens seen before, as an integer.
+
+        Raises:
+            ValueError: where that is a tensor which cannot be read.
+        """
+        if isinstance(self.q_offset, Tensor) and not may_read():
+            raise ValueError(
+                "a static cache's length cannot be read while a CUDA graph is captured, as an attention_mask or packed "
+                "sequences would need; leave attention_mask out if nothing is padded, or use a dynamic cache"
+            )
+        return int(self.q_offset)
 
     def _look_at(self, position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
         """Numbers of packed sequences `[batch or 1, q_len]`, None when no position id restarts; and: is there padding?
 
-        The one place where a forward pass waits for the device, once for all layers.
+        The one place where a forward pass waits for the device, once for all layers, if it may.
         """
-        if self._look is None:
+        if self._look is None and not may_read():
+            self._look = self._unseen(self._borders(position_ids))
+        elif self._look is None:
             border = self._borders(position_ids)
-            padding = None if self.padding_mask is None else ~self._seen_mask(int(self.q_offset) + self.q_len)
+            padding = None if self.padding_mask is None else ~self._seen_mask(self._first + self.q_len)
             asked = [x.any() for x in (border, padding) if x is not None]
             answers = torch.stack(asked).tolist() if asked else []
             padded = padding is not None and answers[-1]
             self._look = (border.cumsum(-1) if border is not None and answers[0] else None), padded
+        assert self._look is not None
         return self._look
+
+    def _unseen(self, border: Tensor | None) -> tuple[Tensor | None, bool]:
+        """The answers where nothing can be read: a padding mask counts as padding.
+
+        So do borders as borders, if that was asked for. Otherwise there are none, which the graph asserts when it runs:
+        models make position_ids themselves where they are given none, so that captures see them nearly always.
+        """
+        packed = border is not None and asked_as_data() and isinstance(self.q_offset, int)
+        if border is not None and not packed:
+            torch._assert_async(~border.any(), RESTARTS)
+        if packed or self.padding_mask is not None:
+            _say_slow()
+        return (border.cumsum(-1) if border is not None and packed else None), self.padding_mask is not None
 
     def _borders(self, position_ids: Tensor | None) -> Tensor | None:
         """Boolean `[batch or 1, q_len]`: where a position id restarts; None where it cannot."""
@@ -126,10 +170,10 @@ class ForwardPlan:
             queries = torch.arange(self.q_len, device=self.device)[None] + self.q_offset
             # A static cache hands out its empty slots too.
             return TokenPositions(q_positions=queries, k_positions=keys.masked_fill(keys > queries[:, -1:], -1))
-        total = int(self.q_offset) + self.q_len
+        total = self._first + self.q_len
         seen = self.kv_offset + self.kv_len
         valid = self._seen_mask(max(total, seen))
-        all_segments = self._all_segments(segments, valid, int(self.q_offset))
+        all_segments = self._all_segments(segments, valid, self._first)
         counted = valid.cumsum(-1)
         if all_segments is not None:
             # Count from the start of each segment: subtract what was counted before it.
@@ -137,9 +181,9 @@ class ForwardPlan:
             before = torch.where(starts, counted - valid.long(), 0).cummax(-1).values
             counted = counted - before
         logical = (counted - 1).masked_fill(~valid, -1)
-        rows = slice(int(self.q_offset), total)
+        rows = slice(self._first, total)
         columns = slice(self.kv_offset, seen)
-        if self.kv_offset and segments is None:
+        if self.kv_offset and self.padding_mask is not None and (segments is None or not may_read()):
             self._check_dropped(logical[:, : self.kv_offset], logical[:, rows])
         return TokenPositions(
             q_positions=logical[:, rows],
@@ -153,6 +197,12 @@ class ForwardPlan:
 
         It counts slots: padding between a row's tokens fills its window and pushes real tokens out.
         """
+        if not may_read():
+            raise ValueError(
+                "whether a sliding-window cache of transformers dropped keys that are still in the window cannot be "
+                "read while a CUDA graph is captured; leave attention_mask out if nothing is padded, or pass "
+                "past_key_values=SparseCache.for_model(model)"
+            )
         window = self.kv_len - self.q_len + 1
         first = queries.masked_fill(queries < 0, queries.shape[1] + self.kv_offset + self.kv_len).amin(-1)
         newest = dropped.amax(-1)
@@ -164,7 +214,7 @@ class ForwardPlan:
 
     def _seen_mask(self, length: int) -> Tensor:
         """Boolean `[batch or 1, length]` of real tokens; slots after the newest token are empty."""
-        total = int(self.q_offset) + self.q_len
+        total = self._first + self.q_len
         if self.padding_mask is None:
             return (torch.arange(length, device=self.device) < total)[None]
         given = self.padding_mask.shape[1]
@@ -182,6 +232,14 @@ class ForwardPlan:
         # Earlier tokens belong to the first sequence of this chunk; slots after it belong nowhere.
         tail = valid.shape[1] - q_offset - self.q_len
         return F.pad(F.pad(segments, (q_offset, 0), value=0), (0, tail), value=-1).expand(rows, -1)
+
+
+@lru_cache(maxsize=1)
+def _say_slow() -> None:
+    logger.warning(
+        "padding and packing stay data in a captured CUDA graph: attention visits every block with a mask, and "
+        "sparsity saves no time; leave attention_mask out if nothing is padded"
+    )
 
 
 def forward_plan_mask(

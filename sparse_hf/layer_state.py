@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sparse_hf.methods.base import Method
 from sparse_hf_kernels import AttentionLayout
 
 _ATTRIBUTE = "_sparse_hf_layer"
@@ -20,6 +21,7 @@ class LayerState:
         layer_idx: the layer's number.
         layout: what its heads read when deployed.
         full, sparse: the two branches that mask learning blends.
+        methods, full_methods, sparse_methods: what their KV heads follow; asked where a layout selects by q and k.
         gate: returns the gates `[num_kv_heads]` that are being learned, or None when the deployed layout counts.
         skip_saturated: the gates have no gradient where they are exactly 0 or 1.
         max_position: tokens that the model was made for.
@@ -30,8 +32,15 @@ class LayerState:
     full: AttentionLayout
     sparse: AttentionLayout
     max_position: int
+    methods: tuple[Method, ...] = ()
+    full_methods: tuple[Method, ...] = ()
+    sparse_methods: tuple[Method, ...] = ()
     gate: Callable[[], Tensor | None] | None = None
     skip_saturated: bool = False
+
+    def selects(self, gate: Tensor | None) -> bool:
+        """Some head that the call needs chooses by q and k."""
+        return self.layout.selects if gate is None else self.full.selects or self.sparse.selects
 
     def current_gate(self) -> Tensor | None:
         return None if self.gate is None else self.gate()

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from sparse_hf.artefact import Artefact, load_artefact
+from sparse_hf.break_even import described
 from sparse_hf.hub import is_hub_id
 from sparse_hf.methods import Method
 from sparse_hf.plots import has_matplotlib, plot_head_masks
@@ -77,7 +78,7 @@ def _overview(artefact: Artefact) -> Iterator[str]:
         ["cache", f"`{config.cache_policy}`"],
     ]
     if config.min_seq_len:
-        rows.append(["dense below", f"{config.min_seq_len} tokens"])
+        rows.append(["dense below", described(config.min_seq_len)])
     rows += [[f"rule {number}", _code(rule.to_dict())] for number, rule in enumerate(config.rules, 1)]
     yield _table(["", ""], rows)
 

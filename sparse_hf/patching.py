@@ -15,12 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 
 from sparse_hf.adapters import ModelShape, adapter_for
 from sparse_hf.attention import ATTENTION_NAME, sparse_attention_forward
+from sparse_hf.break_even import resolve_min_seq_len
 from sparse_hf.cache import SparseCache
 from sparse_hf.config import SparseConfig
+from sparse_hf.dynamic import LayerHeads
 from sparse_hf.forward_plan import forward_plan_mask
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
-from sparse_hf.methods import Method
+from sparse_hf.methods import HeadPlace, Method
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout, layout_key
 
 _ATTRIBUTE = "_sparse_hf_handle"
@@ -31,9 +33,13 @@ MAX_HEAD_DIM = 256
 
 @dataclass(kw_only=True, eq=False)
 class SparseHandle:
-    """What `sparsify` did to a model: enough to describe it and to undo it."""
+    """What `sparsify` did to a model: enough to describe it and to undo it.
+
+    `resolved` is `config` with `min_seq_len` as a number.
+    """
 
     config: SparseConfig
+    resolved: SparseConfig
     head_masks: Tensor
     shape: ModelShape
     modules: list[nn.Module]
@@ -82,7 +88,9 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     masks = check_head_masks(head_masks, shape)
     methods = config.resolve(masks.tolist())
     windows = [adapter.native_window(model.config, layer) for layer in range(shape.num_layers)]
-    states = _layer_states(config, methods, shape, windows, _max_position(model.config))
+    resolved = resolve_min_seq_len(config, device=model.device, head_dim=shape.head_dim)
+    states = _layer_states(resolved, methods, shape, windows, _max_position(model.config))
+    check_dynamic_heads([state.layout for state in states], methods, shape)
     modules = adapter.attention_modules(model)
     assert len(modules) == shape.num_layers
     original = model.config
@@ -94,6 +102,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
         set_layer_state(module, state)
     handle = SparseHandle(
         config=config,
+        resolved=resolved,
         head_masks=masks,
         shape=shape,
         modules=modules,
@@ -153,10 +162,16 @@ def set_head_masks(model: PreTrainedModel, head_masks: Tensor) -> None:
         ValueError: if the model is not sparsified or the masks do not fit it.
     """
     handle = get_handle(model)
-    handle.head_masks = check_head_masks(head_masks, handle.shape)
-    handle.methods = handle.config.resolve(handle.head_masks.tolist())
-    for state, methods in zip(handle.states, handle.methods, strict=True):
-        state.layout = head_layout(methods, handle.config, state.layout.max_distance)
+    head_masks = check_head_masks(head_masks, handle.shape)
+    resolved, num_layers = handle.config.resolve(head_masks.tolist()), handle.shape.num_layers
+    layouts = [
+        head_layout(methods, handle.resolved, state.layout.max_distance, state.layer_idx, num_layers)
+        for state, methods in zip(handle.states, resolved, strict=True)
+    ]
+    check_dynamic_heads(layouts, resolved, handle.shape)
+    handle.head_masks, handle.methods = head_masks, resolved
+    for state, layout, methods in zip(handle.states, layouts, resolved, strict=True):
+        state.layout, state.methods = layout, tuple(methods)
 
 
 def _layer_states(
@@ -169,24 +184,42 @@ def _layer_states(
     return [
         LayerState(
             layer_idx=layer,
-            layout=head_layout(methods[layer], config, windows[layer]),
-            full=head_layout(full[layer], config, windows[layer]),
-            sparse=head_layout(sparse[layer], config, windows[layer]),
+            layout=head_layout(methods[layer], config, windows[layer], layer, shape.num_layers),
+            full=head_layout(full[layer], config, windows[layer], layer, shape.num_layers),
+            sparse=head_layout(sparse[layer], config, windows[layer], layer, shape.num_layers),
+            methods=tuple(methods[layer]),
+            full_methods=tuple(full[layer]),
+            sparse_methods=tuple(sparse[layer]),
             max_position=max_position,
         )
         for layer in range(shape.num_layers)
     ]
 
 
-def head_layout(methods: list[Method], config: SparseConfig, max_distance: int) -> AttentionLayout:
-    """One layer's layout from its heads' methods; `max_distance` is the model's own window."""
+def head_layout(
+    methods: list[Method], config: SparseConfig, max_distance: int, layer: int = 0, num_layers: int = 1
+) -> AttentionLayout:
+    """One layer's layout from its heads' methods; `max_distance` is the model's own window, `min_seq_len` a number."""
+    places = (
+        HeadPlace(layer=layer, kv_head=head, num_layers=num_layers, num_kv_heads=len(methods))
+        for head in range(len(methods))
+    )
     layout = AttentionLayout(
-        patterns=tuple(method.pattern() for method in methods),
+        patterns=tuple(method.pattern(place) for method, place in zip(methods, places, strict=True)),
         max_distance=max_distance,
-        num_dense_rows=config.min_seq_len,
+        num_dense_rows=config.num_dense_rows,
     )
     layout_key(layout)  # torch.compile finds it on the layout
     return layout
+
+
+def check_dynamic_heads(layouts: list[AttentionLayout], methods: list[list[Method]], shape: ModelShape) -> None:
+    """Raises ValueError if dynamic methods cannot serve the heads that they were given."""
+    for layer, (layout, row) in enumerate(zip(layouts, methods, strict=True)):
+        try:
+            LayerHeads.of(layout, row).check(shape.num_heads)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from error
 
 
 def _check_support(model: PreTrainedModel, shape: ModelShape) -> None:

@@ -1,9 +1,10 @@
-"""Configurations by name, for a first look without learned masks."""
+"""Configurations by name, for a first look without learned masks; "method:model" names a published setting."""
 
 from __future__ import annotations
 
 from sparse_hf.config import SparseConfig
-from sparse_hf.methods import Dense, SlidingWindow, Streaming
+from sparse_hf.methods import Dense, SlidingWindow, Streaming, available_methods
+from sparse_hf.model_presets import MODEL_PRESETS, model_preset
 
 _PRESETS: dict[str, tuple[str, SparseConfig]] = {
     "dense": ("every head dense, through sparse_hf's own path", SparseConfig(head_masks="all_full")),
@@ -28,15 +29,33 @@ _PRESETS: dict[str, tuple[str, SparseConfig]] = {
 
 def available_presets() -> dict[str, str]:
     """What each preset is, by name."""
-    return {name: text for name, (text, _) in _PRESETS.items()}
+    published = {preset.name: f"{preset.about} ({preset.source})" for preset in MODEL_PRESETS}
+    return {**{name: text for name, (text, _) in _PRESETS.items()}, **published}
 
 
-def preset(name: str) -> SparseConfig:
+def names_preset(text: str) -> bool:
+    """Whether the text is a preset's name, or has the form "method:model" of one."""
+    method, colon, _ = text.partition(":")
+    return text in _PRESETS or bool(colon and method in available_methods())
+
+
+def preset(name: str, model: str | None = None) -> SparseConfig:
     """A preset's configuration.
 
+    Args:
+        name: of a preset, "method:model" included; or of a method, with `model`.
+        model: name or Hub id of a model for which something is published.
+
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: for an unknown name, listing the known ones, or a model for which nothing is published, saying how
+            to find settings for it.
     """
-    if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
-    return _PRESETS[name][1]
+    if model is None and ":" in name:
+        name, _, model = name.partition(":")
+    if model is None:
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(available_presets())}")
+        return _PRESETS[name][1]
+    if name not in available_methods():
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(available_methods())}")
+    return SparseConfig.from_dict(model_preset(name, model).to_config())

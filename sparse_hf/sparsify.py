@@ -11,7 +11,7 @@ from sparse_hf.artefact import Artefact, load_artefact
 from sparse_hf.config import SparseConfig
 from sparse_hf.hub import resolve_artefact_folder
 from sparse_hf.patching import apply_config, is_sparsified
-from sparse_hf.presets import available_presets, preset
+from sparse_hf.presets import names_preset, preset
 
 
 def sparsify(
@@ -62,7 +62,7 @@ def resolve_spec(
     if isinstance(spec, SparseConfig):
         return spec, None
     text = str(spec)
-    if text in available_presets():
+    if names_preset(text):
         return preset(text), None
     if text.endswith((".json", ".yaml", ".yml")):
         return SparseConfig.from_file(text), None

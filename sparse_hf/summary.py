@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparse_hf.adapters import ModelShape
+from sparse_hf.break_even import described
 from sparse_hf.cache import retention_groups
 from sparse_hf.config import SparseConfig
+from sparse_hf.dynamic import without_selection
 from sparse_hf.head_masks import check_head_masks
 from sparse_hf.patching import get_handle, head_layout
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout
@@ -28,7 +30,8 @@ class LayerSummary:
         layer: its number.
         methods: each KV head's method, by name.
         head_sparsity: share of KV heads whose mask is 0.
-        attention_density: kept (query, key) pairs / causal pairs, over the heads.
+        attention_density: kept (query, key) pairs / causal pairs, over the heads; those of dynamic methods,
+            which choose by q and k, count as dense.
         kv_bytes: keys and values held after `seq_len` tokens.
         dense_kv_bytes: the same with every key kept.
     """
@@ -43,10 +46,14 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class SparsitySummary:
-    """A model at one length and batch size. Bytes count keys and values in the model's dtype."""
+    """A model at one length and batch size. Bytes count keys and values in the model's dtype.
+
+    `min_seq_len` is a number, also where the configuration says "auto".
+    """
 
     seq_len: int
     batch_size: int
+    min_seq_len: int
     layers: tuple[LayerSummary, ...]
 
     @property
@@ -83,7 +90,7 @@ def sparsity_summary(model: PreTrainedModel, seq_len: int, batch_size: int = 1) 
     """
     handle = get_handle(model)
     return summarize(
-        handle.config,
+        handle.resolved,
         handle.head_masks,
         handle.shape,
         seq_len=seq_len,
@@ -106,7 +113,7 @@ def summarize(
     """Exact counts from shapes alone: no model is needed.
 
     Args:
-        config: what is sparse.
+        config: what is sparse; with `min_seq_len="auto"` see `resolve_min_seq_len`.
         head_masks: `[num_layers, num_kv_heads]` of 0 and 1.
         shape: the model's attention shape.
         seq_len: tokens of each sequence, unpadded.
@@ -126,7 +133,7 @@ def summarize(
     bytes_per_token = 2 * shape.head_dim * bytes_per_element * batch_size
     layers = []
     for layer, methods in enumerate(config.resolve(masks.tolist())):
-        layout = head_layout(methods, config, windows[layer])
+        layout = head_layout(methods, config, windows[layer], layer, shape.num_layers)
         held = sum(
             len(heads) * retention.kept_tokens(seq_len, layout.num_dense_rows)
             for retention, heads in retention_groups(layout, config.cache_policy == "per_head")
@@ -140,11 +147,14 @@ def summarize(
             dense_kv_bytes=shape.num_kv_heads * seq_len * bytes_per_token,
         )
         layers.append(row)
-    return SparsitySummary(seq_len=seq_len, batch_size=batch_size, layers=tuple(layers))
+    return SparsitySummary(
+        seq_len=seq_len, batch_size=batch_size, min_seq_len=config.num_dense_rows, layers=tuple(layers)
+    )
 
 
 def attention_density(layout: AttentionLayout, seq_len: int) -> float:
-    """Kept pairs of all heads / causal pairs, for one sequence."""
+    """Kept pairs of all heads / causal pairs, for one sequence; at most, where heads choose by q and k."""
+    layout = without_selection(layout)
     causal = seq_len * (seq_len + 1) // 2
     kept = sum(len(heads) * int(layout.row_counts(pattern, seq_len).sum()) for pattern, heads in layout.groups)
     return kept / (causal * layout.num_kv_heads)
@@ -174,6 +184,8 @@ def summary_table(summary: SparsitySummary, title: str | None = None) -> Table:
         counts = {name: row.methods.count(name) for name in dict.fromkeys(row.methods)}
         methods = ", ".join(f"{count} {name}" for name, count in counts.items())
         table.add_row(str(row.layer), methods, *_figures(row))
+    if summary.min_seq_len:
+        table.caption = f"dense below {described(summary.min_seq_len)}"
     table.add_section()
     table.add_row("all", "", *_figures(summary))
     return table

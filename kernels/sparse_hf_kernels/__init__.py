@@ -5,6 +5,8 @@ backends plug in. Tensors follow transformers: `q [batch, num_heads, q_len, head
 `k, v [batch, num_kv_heads, kv_len, head_dim]`.
 """
 
+from sparse_hf_kernels.blocks import BlockList, BlockRule
+from sparse_hf_kernels.capture import positions_as_data
 from sparse_hf_kernels.dispatch import (
     AttentionRequest,
     Backend,
@@ -14,9 +16,10 @@ from sparse_hf_kernels.dispatch import (
     select_backend,
     unregister_backend,
 )
-from sparse_hf_kernels.layout import UNBOUNDED, AttentionLayout, BlockList, HeadPattern
+from sparse_hf_kernels.layout import UNBOUNDED, AttentionLayout, HeadPattern
 from sparse_hf_kernels.mixed_attention import mixed_attention, mixed_attention_reference
 from sparse_hf_kernels.positions import TokenPositions
+from sparse_hf_kernels.selection import BlockSelection
 from sparse_hf_kernels.sparse_attention import (
     TracedPositions,
     layout_key,
@@ -30,6 +33,8 @@ __all__ = [
     "AttentionRequest",
     "Backend",
     "BlockList",
+    "BlockRule",
+    "BlockSelection",
     "HeadPattern",
     "Selection",
     "TokenPositions",
@@ -38,6 +43,7 @@ __all__ = [
     "layout_key",
     "mixed_attention",
     "mixed_attention_reference",
+    "positions_as_data",
     "register_backend",
     "select_backend",
     "sparse_attention",

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_hf_kernels.dispatch import TILE, AttentionRequest, Backend, gpu_capability, layout_cuts_blocks
 from sparse_hf_kernels.layout import AttentionLayout
-from sparse_hf_kernels.mixed_attention.composed import mixed_attention_composed
+from sparse_hf_kernels.mixed_attention.branches import Branches, branches_of
 from sparse_hf_kernels.mixed_attention.reference import mixed_attention_reference
 from sparse_hf_kernels.positions import TokenPositions
+from sparse_hf_kernels.selection import BlockSelection
 from sparse_hf_kernels.sparse_attention.problem import AttentionKernels, AttentionProblem
 from sparse_hf_kernels.sparse_attention.reference import sparse_attention_reference
 from sparse_hf_kernels.sparse_attention.reference_backward import sparse_attention_backward_reference
+from sparse_hf_kernels.sparse_attention.sdpa import NAME, sdpa_attention, sdpa_defers, sdpa_refuses
 from sparse_hf_kernels.tiles import RowGeometry
 
 GLUON_HEAD_DIMS = (64, 128, 256)
@@ -55,10 +58,15 @@ class _Fused:
         positions: TokenPositions,
         scale: float,
         deterministic: bool,
+        selection: BlockSelection | None = None,
     ) -> tuple[Tensor, Tensor]:
         from sparse_hf_kernels.sparse_attention.autograd import fused_attention
+        from sparse_hf_kernels.sparse_attention.selected import selected_attention
 
-        return fused_attention(self.kernels, q, k, v, problem_of(q, layout, positions, scale, deterministic))
+        problem = problem_of(q, layout, positions, scale, deterministic)
+        if selection is None:
+            return fused_attention(self.kernels, q, k, v, problem)
+        return selected_attention(self.kernels, q, k, v, problem, selection)
 
     def backward(
         self,
@@ -80,14 +88,56 @@ class _Fused:
         problem = problem_of(q, layout, positions, scale, deterministic)
         return fused_backward(self.kernels, grad_out, grad_lse, q, k, v, out, lse, problem)
 
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, full: AttentionLayout, sparse: AttentionLayout, **call: Any
+    ) -> Tensor:
+        from sparse_hf_kernels.mixed_attention.fused import fused_mixed_attention
+
+        return fused_mixed_attention(self.kernels, q, k, v, gate, _branches(q, gate, full, sparse, **call))
+
+    def mix_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, full: AttentionLayout, sparse: AttentionLayout, **call: Any
+    ) -> tuple[Tensor, ...]:
+        from sparse_hf_kernels.mixed_attention.fused import mixed_forward
+
+        return mixed_forward(self.kernels, q, k, v, gate, _branches(q, gate, full, sparse, **call))
+
+    def mix_backward(
+        self, grad_out: Tensor, saved: tuple[Tensor, ...], full: AttentionLayout, sparse: AttentionLayout, **call: Any
+    ) -> tuple[Tensor, ...]:
+        from sparse_hf_kernels.mixed_attention.fused import mixed_backward
+
+        q, _, _, gate, *_ = saved
+        return mixed_backward(self.kernels, grad_out, saved, _branches(q, gate, full, sparse, **call))
+
     def backend(self, name: str, refuses: Callable[[AttentionRequest], str | None]) -> Backend:
         return Backend(
             name=name,
             refuses=refuses,
             sparse_attention=self.attend,
-            mixed_attention=partial(mixed_attention_composed, attend=self.attend),
+            mixed_attention=self.mix,
             sparse_attention_backward=self.backward,
+            mixed_attention_forward=self.mix_forward,
+            mixed_attention_backward=self.mix_backward,
         )
+
+
+def _branches(
+    q: Tensor,
+    gate: Tensor,
+    full: AttentionLayout,
+    sparse: AttentionLayout,
+    *,
+    positions: TokenPositions,
+    scale: float,
+    skip_saturated: bool,
+    deterministic: bool,
+) -> Branches:
+    return branches_of(
+        problem_of(q, full, positions, scale, deterministic),
+        problem_of(q, sparse, positions, scale, deterministic),
+        gate.tolist() if skip_saturated else None,
+    )
 
 
 GLUON = _Fused("sparse_hf_kernels.sparse_attention.gluon")
@@ -107,6 +157,8 @@ def gluon_refuses(request: AttentionRequest) -> str | None:
         return f"serves head_dim {', '.join(map(str, GLUON_HEAD_DIMS))}, got {request.head_dim}"
     if (refusal := _value_refusal(request)) is not None:
         return refusal
+    if request.selected_blocks not in (None, TILE):
+        return f"serves selections of blocks of {TILE}, got {request.selected_blocks}"
     if request.cuts_blocks or (request.layout is not None and layout_cuts_blocks(request.layout)):
         return (
             f"serves block lists whose borders are multiples of {TILE} (block_size, num_dense_rows, and the position "
@@ -144,6 +196,13 @@ def _value_refusal(request: AttentionRequest) -> str | None:
     return f"serves values of the keys' head_dim {request.head_dim}, got {request.value_dim}"
 
 
+SDPA = Backend(
+    name=NAME,
+    refuses=sdpa_refuses,
+    defers=sdpa_defers,
+    sparse_attention=sdpa_attention,
+    mixed_attention=None,
+)
 REFERENCE = Backend(
     name="reference",
     refuses=lambda request: None,
@@ -153,6 +212,7 @@ REFERENCE = Backend(
 )
 
 BUILT_IN: tuple[Backend, ...] = (
+    SDPA,
     GLUON.backend("gluon", gluon_refuses),
     TRITON.backend("triton", triton_refuses),
     REFERENCE,

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparse_hf_kernels.layout import AttentionLayout
 from sparse_hf_kernels.positions import TokenPositions
 from sparse_hf_kernels.ptxas import warn_of_unsafe_ptxas
+from sparse_hf_kernels.selection import BlockSelection
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,12 @@ class AttentionRequest:
         capability: of the GPU; None means the current device's.
         cuts_blocks: the call has block lists whose borders are not those of tiles, by their size or by where the
             queries stand.
+        selected_blocks: block size of the call's selection; None without one.
+        num_rows: query heads times rows of the batch.
+        dense_len: tokens of whole unpadded sequences, of which all heads read every earlier token; None for another
+            call, or if that is not known.
+        needs_lse: the log-sum-exp is asked for.
+        deterministic: so must the gradients be.
     """
 
     op: str
@@ -48,6 +55,11 @@ class AttentionRequest:
     value_dim: int | None = None
     capability: tuple[int, int] | None = None
     cuts_blocks: bool = False
+    selected_blocks: int | None = None
+    num_rows: int = 0
+    dense_len: int | None = None
+    needs_lse: bool = True
+    deterministic: bool = False
 
     @classmethod
     def of(
@@ -59,6 +71,9 @@ class AttentionRequest:
         positions: TokenPositions | None = None,
         v: Tensor | None = None,
         full: AttentionLayout | None = None,
+        selection: BlockSelection | None = None,
+        needs_lse: bool = True,
+        deterministic: bool = False,
     ) -> AttentionRequest:
         """The request of a call; `full` is the other layout of `mixed_attention`."""
         on_gpu = q.device.type == "cuda"
@@ -71,8 +86,23 @@ class AttentionRequest:
             layout=layout,
             value_dim=None if v is None or v.shape[-1] == q.shape[-1] else v.shape[-1],
             capability=gpu_capability(q.device.index) if on_gpu else None,
+            selected_blocks=None if selection is None else selection.block_size,
             cuts_blocks=on_gpu and any(_cuts_blocks(each, positions) for each in layouts),
+            num_rows=q.shape[0] * q.shape[1],
+            dense_len=None if positions is None else dense_len(q.shape[2], positions.kv_len, layout, positions),
+            needs_lse=needs_lse,
+            deterministic=deterministic,
         )
+
+
+def dense_len(q_len: int, kv_len: int, layout: AttentionLayout, positions: TokenPositions | None) -> int | None:
+    """`AttentionRequest.dense_len` of a call; positions None are those of unpadded tokens from 0 on."""
+    if q_len != kv_len or not 0 < q_len <= layout.dense_len:
+        return None
+    if positions is None:
+        return q_len
+    whole = positions.offset == 0 == positions.k_offset and positions.q_len == q_len == positions.kv_len
+    return q_len if whole else None
 
 
 @lru_cache
@@ -104,17 +134,29 @@ class Backend:
     Args:
         name: what `SPARSE_HF_BACKEND` and `sparse-hf env` call it.
         refuses: returns None if the backend can serve a request, else the reason why not.
-        sparse_attention: `(q, k, v, layout, *, positions, scale, deterministic) -> (out, lse)`, differentiable.
-        mixed_attention: `(q, k, v, gate, full, sparse, *, positions, scale, skip_saturated, deterministic) -> out`.
+        defers: returns None unless the backend leaves a request to those after it although it could serve it, else the
+            reason. A forced backend is not asked.
+        sparse_attention: `(q, k, v, layout, *, positions, scale, deterministic) -> (out, lse)`, differentiable. Where
+            patterns are selected it is given `selection` too. The log-sum-exp may be None unless `needs_lse`.
+        mixed_attention: `(q, k, v, gate, full, sparse, *, positions, scale, skip_saturated, deterministic) -> out`;
+            None for a backend that refuses such requests.
         sparse_attention_backward: `(grad_out, grad_lse, q, k, v, out, lse, layout, *, positions, scale, deterministic)
             -> (grad_q, grad_k, grad_v)`, which compiled graphs call; by default that of the reference.
+        mixed_attention_forward: as `mixed_attention`, without a graph `-> (out, wide_out, wide_lse, sparse_out,
+            sparse_lse)`, for compiled graphs: what is kept for the next, shaped as two results of `sparse_attention`.
+        mixed_attention_backward: `(grad_out, (q, k, v, gate, *kept), full, sparse, *, positions, scale,
+            skip_saturated, deterministic) -> (grad_q, grad_k, grad_v, grad_gate)`. By default both are made of two
+            calls of `sparse_attention` and `sparse_attention_backward`.
     """
 
     name: str
     refuses: Callable[[AttentionRequest], str | None]
-    sparse_attention: Callable[..., tuple[Tensor, Tensor]]
-    mixed_attention: Callable[..., Tensor]
+    sparse_attention: Callable[..., tuple[Tensor, Tensor | None]]
+    mixed_attention: Callable[..., Tensor] | None
     sparse_attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    mixed_attention_forward: Callable[..., tuple[Tensor, ...]] | None = None
+    mixed_attention_backward: Callable[..., tuple[Tensor, ...]] | None = None
+    defers: Callable[[AttentionRequest], str | None] = lambda request: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +195,11 @@ def unregister_backend(name: str) -> None:
     _registered[:] = [backend for backend in _registered if backend.name != name]
 
 
+def any_registered() -> bool:
+    """Some backend is not of this package."""
+    return bool(_registered)
+
+
 def available_backends() -> tuple[str, ...]:
     """Names in the order in which they are asked."""
     return tuple(backend.name for backend in (*_registered, *_built_in()))
@@ -177,7 +224,7 @@ def select_backend(request: AttentionRequest) -> Selection:
         return Selection(backend=chosen, reason=f"forced by {BACKEND_VARIABLE}")
     refusals: list[str] = []
     for backend in candidates:
-        refusal = backend.refuses(request)
+        refusal = backend.refuses(request) or backend.defers(request)
         if refusal is None:
             reason = "; ".join(refusals) or f"first of {', '.join(available_backends())}"
             _say_fallback(request, backend, refusals)
@@ -189,9 +236,10 @@ def select_backend(request: AttentionRequest) -> Selection:
 
 def _say_fallback(request: AttentionRequest, backend: Backend, refusals: list[str]) -> None:
     """Says once per cause why a call does not run on the backend that was made for its device."""
-    expected: tuple[str, ...] = () if request.device_type == "cuda" else ("gluon: ", "triton: ")
+    # SDPA takes short calls alone; that others do not run there is no news.
+    expected: tuple[str, ...] = ("sdpa: ",) if request.device_type == "cuda" else ("sdpa: ", "gluon: ", "triton: ")
     if backend.name == "triton" and (request.capability or gpu_capability()) != (9, 0):
-        expected = ("gluon: ",)
+        expected = ("sdpa: ", "gluon: ")
     refusals = [refusal for refusal in refusals if not refusal.startswith(expected)]
     message = f"{request.op} runs on the {backend.name!r} backend ({'; '.join(refusals)})"
     if refusals and message not in _said:

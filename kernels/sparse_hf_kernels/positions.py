@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sparse_hf_kernels.capture import may_read
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPositions:
@@ -107,6 +109,11 @@ class TokenPositions:
         """Tokens of the longest sequence up to its last query; read from the device once, without a closed form."""
         if self.offset is not None:
             return self.offset + self.q_len
+        if not may_read():
+            raise ValueError(
+                "an explicit pattern covers sequences up to a length, which positions given as tensors must be "
+                "compared with and cannot while a CUDA graph is captured; give q_offset or TokenPositions.causal"
+            )
         return int(self.q_positions.max()) + 1 if self.q_positions.numel() else 0
 
     def visible(self, rows: slice) -> Tensor:

@@ -46,10 +46,10 @@ def check_forward(call: Call, inputs: Sequence[Tensor], layout: AttentionLayout)
         end = start + rows
         truth, _ = sparse_attention_reference(
             q[:, :, start:end].float(),
-            k[:, :, :end],
-            v[:, :, :end],
+            k,  # all of them: dense last rows count from the end of the sequence
+            v,
             layout,
-            positions=TokenPositions.causal(rows, end, q.device),
+            positions=TokenPositions.causal(rows, seq_len, q.device, q_offset=start),
             scale=q.shape[-1] ** -0.5,
         )
         worst = _worse(worst, relative_error(out[:, :, start:end], truth))

@@ -19,7 +19,7 @@ from sparse_hf_kernels import (
     select_backend,
     sparse_attention,
 )
-from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
+from sparse_hf_kernels.dispatch import BACKEND_VARIABLE, dense_len
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,13 @@ class Call:
         forward: computes the output.
         inputs: the leaves that a backward differentiates.
         heads_first: the output is `[batch, heads, length, head_dim]`, else `[batch, length, heads, head_dim]`.
+        held_bytes: device memory that it keeps from call to call beside its inputs: an index, say.
     """
 
     forward: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
     heads_first: bool = True
+    held_bytes: int = 0
 
 
 class Contender(Protocol):
@@ -90,7 +92,13 @@ class SparseHF:
             ValueError: if the one that is forced cannot serve this.
         """
         request = AttentionRequest(
-            op=self.op, device_type=self.device, dtype=shape.dtype, head_dim=shape.head_dim, layout=layout
+            op=self.op,
+            device_type=self.device,
+            dtype=shape.dtype,
+            head_dim=shape.head_dim,
+            layout=layout,
+            num_rows=shape.num_heads,
+            dense_len=dense_len(shape.seq_len, shape.seq_len, layout, None),
         )
         with _forced(self.backend):
             return select_backend(request).backend.name

@@ -44,6 +44,10 @@ class Sdpa:
         return Call(forward=forward, inputs=(q, k, v))
 
 
+CUDNN = Sdpa("SDPA cuDNN", "CUDNN_ATTENTION")
+FLASH = Sdpa("SDPA flash", "FLASH_ATTENTION")
+
+
 @dataclass(frozen=True)
 class FlashAttention4:
     """flash-attn-4 (CuTe): causal, or a causal window. It has no sink tokens in one call."""
@@ -111,7 +115,8 @@ class Flex:
             with functorch.patch(donated_buffer=False), dynamo.patch(recompile_limit=64):
                 return attend(q, k, v, block_mask=block_mask, enable_gqa=True)
 
-        return Call(forward=forward, inputs=(q, k, v))
+        held = sum(x.nbytes for x in block_mask.as_tuple() if isinstance(x, Tensor))
+        return Call(forward=forward, inputs=(q, k, v), held_bytes=held)
 
 
 @lru_cache(maxsize=1)
@@ -121,8 +126,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
-def _kind(pattern: HeadPattern) -> tuple[int, int, bool]:
-    return pattern.window, pattern.num_sink_tokens, pattern.blocks is not None
+def _kind(pattern: HeadPattern) -> tuple[int, int, int, bool]:
+    return pattern.window, pattern.num_sink_tokens, pattern.num_last_tokens, pattern.blocks is not None
 
 
 def flex_block_mask(layout: AttentionLayout, seq_len: int, num_heads: int, device: torch.device) -> Any:
@@ -136,10 +141,10 @@ def flex_block_mask(layout: AttentionLayout, seq_len: int, num_heads: int, devic
     num_rows = -(-seq_len // BLOCK_SIZE)
     # One mask serves all heads where they agree.
     patterns = layout.patterns[:1] if len(layout.groups) == 1 else layout.patterns
-    pairs = [_blocks(pattern, num_rows) for pattern in patterns]
+    pairs = [_blocks(pattern, num_rows, seq_len) for pattern in patterns]
     repeats = 1 if len(patterns) == 1 else num_heads // len(patterns)
     full, partial = (torch.stack(x).repeat_interleave(repeats, 0)[None].to(device) for x in zip(*pairs, strict=True))
-    window, sinks, listed = _kind(layout.patterns[0])
+    window, sinks, last, listed = _kind(layout.patterns[0])
 
     def causal(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return q >= k
@@ -147,11 +152,14 @@ def flex_block_mask(layout: AttentionLayout, seq_len: int, num_heads: int, devic
     def in_reach(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & ((q - k < window) | (k < sinks))
 
+    def in_reach_or_last(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & ((q - k < window) | (k < sinks) | (q >= seq_len - last))
+
     return BlockMask.from_kv_blocks(
         *_ordered(partial),
         *_ordered(full),
         BLOCK_SIZE=BLOCK_SIZE,
-        mask_mod=causal if listed or window == UNBOUNDED else in_reach,
+        mask_mod=causal if listed or window == UNBOUNDED else in_reach_or_last if last else in_reach,
         seq_lengths=(seq_len, seq_len),
     )
 
@@ -161,27 +169,25 @@ def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
     return counts, mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
 
 
-def _blocks(pattern: HeadPattern, num_rows: int) -> tuple[Tensor, Tensor]:
+def _blocks(pattern: HeadPattern, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
     """Boolean `[num_rows, num_rows]`: blocks read without a mask, and blocks that need one."""
     row, column = torch.arange(num_rows)[:, None], torch.arange(num_rows)
     below = column < row
     if pattern.blocks is not None:
         if pattern.blocks.block_size != BLOCK_SIZE:
             raise ValueError(f"FlexAttention takes blocks of {BLOCK_SIZE} here, got {pattern.blocks.block_size}")
-        listed = pattern.blocks.mask[:num_rows, :num_rows]
+        listed = pattern.blocks.block_mask(num_rows)
         return listed & below, listed & (row == column)
     nearest = ((row - column) * BLOCK_SIZE - (BLOCK_SIZE - 1)).clamp_min(0)
     farthest = (row - column) * BLOCK_SIZE + BLOCK_SIZE - 1
-    touched = (column <= row) & ((nearest < pattern.window) | (column * BLOCK_SIZE < pattern.num_sink_tokens))
-    full = below & ((farthest < pattern.window) | ((column + 1) * BLOCK_SIZE <= pattern.num_sink_tokens))
+    first_dense = seq_len - pattern.num_last_tokens if pattern.num_last_tokens else num_rows * BLOCK_SIZE
+    touched = (nearest < pattern.window) | (column * BLOCK_SIZE < pattern.num_sink_tokens)
+    touched = (column <= row) & (touched | ((row + 1) * BLOCK_SIZE > first_dense))
+    full = (farthest < pattern.window) | ((column + 1) * BLOCK_SIZE <= pattern.num_sink_tokens)
+    full = below & (full | (row * BLOCK_SIZE >= first_dense))
     return full, touched & ~full
 
 
 def make_peers(flex_lengths: tuple[int, ...] | None) -> tuple[Sdpa | FlashAttention4 | Flex, ...]:
     """All peers; FlexAttention at these lengths."""
-    return (
-        Sdpa("SDPA cuDNN", "CUDNN_ATTENTION"),
-        Sdpa("SDPA flash", "FLASH_ATTENTION"),
-        FlashAttention4(),
-        Flex(flex_lengths),
-    )
+    return CUDNN, FLASH, FlashAttention4(), Flex(flex_lengths)

@@ -107,38 +107,80 @@ FLEX_LENGTHS: Mapping[int, tuple[int, ...]] = {128: (32 * K, 128 * K)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a user chooses.
+class RunOptions:
+    """What a user chooses of any benchmark.
 
     Args:
-        cases: names of `CASES`; empty for all.
         quick: fewer lengths and a smaller measuring time.
-        seq_lens: in place of the lengths of every case; bounds stay where they were set.
-        head_dims: head sizes; empty for 128 and 64.
+        seq_lens: in place of the planned lengths; bounds stay where they were set.
         num_heads, num_kv_heads: bounds hold for 32 and 8 alone.
     """
 
-    cases: tuple[str, ...] = ()
     quick: bool = False
     seq_lens: tuple[int, ...] = ()
-    head_dims: tuple[int, ...] = ()
     num_heads: int = 32
     num_kv_heads: int = 8
 
     def __post_init__(self) -> None:
-        if unknown := [case for case in self.cases if case not in CASES]:
-            raise ValueError(f"unknown cases {', '.join(unknown)}; known: {', '.join(CASES)}")
-        if bad := [n for n in (*self.seq_lens, *self.head_dims, self.num_heads, self.num_kv_heads) if n < 1]:
-            raise ValueError(f"lengths, head sizes and head counts must be positive, got {bad[0]}")
-        if self.num_heads % self.num_kv_heads or self.num_kv_heads % 2:
+        require_positive((*self.seq_lens, self.num_heads, self.num_kv_heads))
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"query heads must be a multiple of KV heads, and these even (half of them stream in one case), "
-                f"got {self.num_heads} and {self.num_kv_heads}"
+                f"query heads must be a multiple of KV heads, got {self.num_heads} and {self.num_kv_heads}"
             )
 
     @property
     def budget_ms(self) -> float:
+        """Measuring time per contender."""
         return 80.0 if self.quick else 250.0
+
+    @property
+    def has_bounded_heads(self) -> bool:
+        return (self.num_heads, self.num_kv_heads) == (32, 8)
+
+    def command(self) -> str:
+        """The command line that repeats the run."""
+        raise NotImplementedError
+
+    def _command(self, name: str, *more: tuple[str, Sequence[object]]) -> str:
+        """The line of `sparse-hf bench NAME` with these options and `more`, each a name and its values."""
+        words = [f"sparse-hf bench {name}"]
+        words += ["--quick"] if self.quick else []
+        words += [f"--{option} {','.join(map(str, values))}" for option, values in more if values]
+        words += [f"--heads {self.num_heads}"] if self.num_heads != 32 else []
+        words += [f"--kv-heads {self.num_kv_heads}"] if self.num_kv_heads != 8 else []
+        return " ".join(words)
+
+
+def require_positive(numbers: Sequence[int]) -> None:
+    """Raises ValueError unless all are."""
+    if bad := [number for number in numbers if number < 1]:
+        raise ValueError(f"lengths, head sizes and head counts must be positive, got {bad[0]}")
+
+
+def require_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError, with what is known, unless all names are."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """What a user chooses of the kernel benchmark.
+
+    Args:
+        cases: names of `CASES`; empty for all.
+        head_dims: head sizes; empty for 128 and 64.
+    """
+
+    cases: tuple[str, ...] = ()
+    head_dims: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_known("cases", self.cases, CASES)
+        require_positive(self.head_dims)
+        super().__post_init__()
+        if self.num_kv_heads % 2:
+            raise ValueError(f"KV heads must be even (half of them stream in one case), got {self.num_kv_heads}")
 
     def lengths(self, case: str, head_dim: int) -> tuple[int, ...]:
         table = QUICK if self.quick else FULL
@@ -154,7 +196,7 @@ class Options:
     def bound(self, bound: Bound | None, case: str, seq_len: int, head_dim: int) -> Bound | None:
         """The bound as it holds for this length, these heads and this head size."""
         first, last = BOUND_LENGTHS[case]
-        if bound is None or not first <= seq_len <= last or (self.num_heads, self.num_kv_heads) != (32, 8):
+        if bound is None or not first <= seq_len <= last or not self.has_bounded_heads:
             return None
         return bound.at(head_dim)
 
@@ -168,11 +210,5 @@ class Options:
         ]
 
     def command(self) -> str:
-        """The command line that repeats the run."""
-        words = ["sparse-hf bench kernels"]
-        words += ["--quick"] if self.quick else []
-        for name, values in (("cases", self.cases), ("seq-lens", self.seq_lens), ("head-dim", self.head_dims)):
-            words += [f"--{name} {','.join(map(str, values))}"] if values else []
-        words += [f"--heads {self.num_heads}"] if self.num_heads != 32 else []
-        words += [f"--kv-heads {self.num_kv_heads}"] if self.num_kv_heads != 8 else []
-        return " ".join(words)
+        lists = (("cases", self.cases), ("seq-lens", self.seq_lens), ("head-dim", self.head_dims))
+        return self._command("kernels", *lists)

@@ -99,14 +99,16 @@ def write_csv(path: Path, session: Session) -> None:
 
 
 def verdict(figure: Figure) -> str:
-    """ "goal", "must" or "below" for a figure with bounds, else empty."""
-    if figure.must is None or figure.goal is None:
+    """ "goal", "must" or "below" for a figure with bounds, else empty; "goal" only where one was set."""
+    if figure.must is None:
         return ""
 
     def reaches(bound: float) -> bool:
         return figure.value <= bound if figure.lower_is_better else figure.value >= bound
 
-    return "goal" if reaches(figure.goal) else "must" if reaches(figure.must) else "below"
+    if figure.goal is not None and reaches(figure.goal):
+        return "goal"
+    return "must" if reaches(figure.must) else "below"
 
 
 def summary_rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
@@ -160,6 +162,25 @@ def plot_density(path: Path, measurements: Sequence[Measurement], head_dim: int)
     return _plot(path, panels, x_label="share of causal pairs kept", log_base=10)
 
 
+def plot_speedups(path: Path, measurements: Sequence[Measurement], baseline: str) -> Path | None:
+    """Time of a dense peer over ours by length, a line per pattern; None if no such pair was measured.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    panels = []
+    for direction, title in (("forward", "forward"), ("both", "forward + backward")):
+        ms = [m for m in measurements if m.direction == direction]
+        dense = {m.shape: m.ms for m in ms if m.contender == baseline}
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for m in ms:
+            if m.is_ours and m.shape in dense:
+                lines.setdefault(m.work, []).append((float(m.shape.seq_len), dense[m.shape] / m.ms))
+        if lines:
+            panels.append((f"{title}: speed-up over dense causal {baseline}", lines))
+    return _plot(path, panels, x_label="tokens", log_base=2, y_label="speed-up", y_log=True)
+
+
 def _lines(measurements: Sequence[Measurement]) -> dict[str, list[tuple[float, float]]]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for m in measurements:
@@ -173,6 +194,8 @@ def _plot(
     *,
     x_label: str,
     log_base: int,
+    y_label: str = "useful TFLOP/s",
+    y_log: bool = False,
 ) -> Path | None:
     if not panels:
         return None
@@ -188,9 +211,13 @@ def _plot(
             ours = name.startswith("sparse_hf")
             axes.plot(x, y, marker="o", markersize=4, label=name, linewidth=2.4 if ours else 1.2)
         axes.set_xscale("log", base=log_base)
-        axes.set_ylim(bottom=0)
+        if y_log:
+            axes.set_yscale("log", base=2)
+            axes.axhline(1, color="black", linewidth=0.8)
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
-        axes.set_ylabel("useful TFLOP/s")
+        axes.set_ylabel(y_label)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

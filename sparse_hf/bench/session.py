@@ -49,7 +49,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One timed entry. `relative_error` and `peak_mib` (memory beyond the inputs) belong to the same call."""
+    """One timed entry. `relative_error` and `peak_mib` belong to the same call.
+
+    `peak_mib` is the memory beyond the inputs, with what a peer keeps from call to call (`Call.held_bytes`).
+    """
 
     case: str
     contender: str
@@ -149,6 +152,7 @@ class Session:
                 call = entry.contender.bind(*inputs[entry.shape], entry.layout)
                 run = timed_call(call, direction)
                 peak = self._warm_up(run)
+                peak = None if peak is None else peak + call.held_bytes / 2**20
             except Exception as failure:
                 where = f"{entry.label}, {entry.shape.seq_len} tokens"
                 self.failed(case, where, failure, ours=entry.is_ours)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout, BlockList, HeadPattern
+from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern
 
 Direction = Literal["forward", "backward", "both"]
 
@@ -85,22 +85,7 @@ def random_blocks(num_kv_heads: int, seq_len: int, keep: float, seed: int = 0) -
 
 def kept_pairs(layout: AttentionLayout, seq_len: int) -> int:
     """Exact number of (query, key) pairs that the layout keeps, over its KV heads (not times the group size)."""
-    return sum(len(heads) * _pattern_pairs(layout, pattern, seq_len) for pattern, heads in layout.groups)
-
-
-def _pattern_pairs(layout: AttentionLayout, pattern: HeadPattern, seq_len: int) -> int:
-    plain = layout.max_distance == UNBOUNDED and layout.num_dense_rows == 0
-    if pattern.blocks is None or not plain:
-        return int(layout.row_counts(pattern, seq_len).sum())
-    # `row_counts` walks the blocks one by one, which takes seconds for the long lists here.
-    blocks = pattern.blocks
-    if seq_len > blocks.max_seq_len:
-        raise ValueError(f"the explicit pattern covers {blocks.max_seq_len} tokens, got {seq_len}")
-    columns = torch.tensor(blocks.indices, dtype=torch.long)
-    rows = torch.arange(blocks.num_rows).repeat_interleave(torch.tensor(blocks.row_ptr).diff())
-    tokens = (seq_len - torch.arange(blocks.num_rows) * blocks.block_size).clamp(0, blocks.block_size)
-    pairs = torch.where(rows == columns, tokens[rows] * (tokens[rows] + 1) // 2, tokens[rows] * tokens[columns])
-    return int(pairs.sum())
+    return sum(len(heads) * int(layout.row_counts(pattern, seq_len).sum()) for pattern, heads in layout.groups)
 
 
 def density(layout: AttentionLayout, seq_len: int) -> float:

@@ -19,6 +19,7 @@ from sparse_hf.cli.export import export
 from sparse_hf.cli.import_ import import_
 from sparse_hf.cli.inspect import inspect
 from sparse_hf.cli.methods import methods
+from sparse_hf.cli.tune import tune
 from sparse_hf.hub import one_line
 
 COMMAND_GROUP = "sparse_hf.commands"
@@ -33,7 +34,7 @@ _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "env": (env, "sparse-hf env --json"),
 }
 
-_BENCH = "bench"
+_GROUPS = {"bench": bench, "tune": tune}
 
 
 def build_app(args: Sequence[str] = ()) -> typer.Typer:
@@ -52,15 +53,16 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    if not args or args[0] not in (*_EXAMPLES, _BENCH):
+    if not args or args[0] not in (*_EXAMPLES, *_GROUPS):
         for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
-            if entry.name not in (*_EXAMPLES, _BENCH):
+            if entry.name not in (*_EXAMPLES, *_GROUPS):
                 _add_entry(app, entry)
     for name, (function, example) in _EXAMPLES.items():
         app.command(
             name, epilog=f"Example:\n\n{escape(example)}", no_args_is_help=name in ("inspect", "export", "import")
         )(function)
-    app.add_typer(bench, name=_BENCH)
+    for name, group in _GROUPS.items():
+        app.add_typer(group, name=name)
     return app
 
 

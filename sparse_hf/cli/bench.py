@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from sparse_hf.cli.output import table, write, write_json
+from sparse_hf.cli.output import names, numbers, table, write, write_json
 from sparse_hf.progress import progress_bar
+
+if TYPE_CHECKING:
+    from sparse_hf.bench.runner import Benchmark
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels against what users would pick instead.")
 
@@ -33,37 +36,79 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Time the kernels beside SDPA, FlexAttention and flash-attn-4 in one run, each checked before it is timed."""
-    from sparse_hf.bench import Options, cuda_session, run_kernels, write_result
-    from sparse_hf.bench.kernels import more_software, write_data
-    from sparse_hf.bench.report import summary_rows
-    from sparse_hf.figures import figure_rows
-    from sparse_hf.plots import has_matplotlib
+    from sparse_hf.bench import Options
+    from sparse_hf.bench.kernels import kernel_benchmark
 
     options = Options(
-        cases=tuple(name.strip() for name in cases.split(",") if name.strip()),
+        cases=names(cases),
         quick=quick,
-        seq_lens=_numbers("--seq-lens", seq_lens),
-        head_dims=_numbers("--head-dim", head_dim),
+        seq_lens=numbers("--seq-lens", seq_lens),
+        head_dims=numbers("--head-dim", head_dim),
         num_heads=heads,
         num_kv_heads=kv_heads,
     )
+    _run(kernel_benchmark(options), out, as_json)
+
+
+@bench.command(epilog="Example:\n\nsparse-hf bench patterns --patterns window,triangle --seq-lens 32768,131072")
+def patterns(
+    patterns: Annotated[
+        str, typer.Option(help="Of window, block-sparse, dilated, triangle, separated by commas; all by default.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, shorter samples, no FlexAttention.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for patterns.json, patterns.csv and a plot.")] = Path(
+        "docs/benchmarks"
+    ),
+    seq_lens: Annotated[str, typer.Option(help="In place of 1024 to 131072, separated by commas.")] = "",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads; bounds hold for 32.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads; bounds hold for 8.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of the heads; bounds hold for 128.")] = 128,
+    torch_sparse_gib: Annotated[
+        float, typer.Option(help="Memory that torch.sparse may take for indices and values, in GiB.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time sparse patterns beside dense SDPA, torch.sparse and FlexAttention, each checked before it is timed."""
+    from sparse_hf.bench.pattern_plan import PatternOptions
+    from sparse_hf.bench.patterns import pattern_benchmark
+
+    options = PatternOptions(
+        patterns=names(patterns),
+        quick=quick,
+        seq_lens=numbers("--seq-lens", seq_lens),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        torch_sparse_gib=torch_sparse_gib,
+    )
+    _run(pattern_benchmark(options), out, as_json)
+
+
+def _run(benchmark: Benchmark, out: Path, as_json: bool) -> None:
+    """Runs a benchmark on the GPU with progress, writes its files and shows its figures."""
+    from sparse_hf.bench.report import summary_rows
+    from sparse_hf.bench.runner import cuda_session, more_software, run_benchmark, write_data, write_files
+    from sparse_hf.figures import figure_rows
+    from sparse_hf.plots import has_matplotlib
+
+    options = benchmark.options
     session = cuda_session(options)
     console = Console(stderr=True)
     with progress_bar(console) as progress:
-        task = progress.add_task("measuring", total=1 + len(options.steps()), figures="")
-        result = run_kernels(
-            options,
+        task = progress.add_task("measuring", total=len(benchmark.steps(session)), figures="")
+        result = run_benchmark(
+            benchmark,
             session,
             progress=lambda text: progress.update(task, advance=1, figures=text),
             # A run that is cut short leaves what it measured.
-            after_step=lambda so_far: so_far.figures and write_data(so_far, options, out),
+            after_step=lambda so_far: so_far.figures and write_data(benchmark, so_far, out),
         )
-    written = write_result(result, options, out)
+    written = write_files(benchmark, result, out)
     if as_json:
         write_json(figure_rows(result.figures, command=options.command(), more_software=more_software()))
     else:
         columns = ("case", "value", "baseline", "must", "goal", "unit", "reached")
-        write(table("Kernels", columns, summary_rows(result.figures), fixed=0))
+        write(table(benchmark.name.capitalize(), columns, summary_rows(result.figures), fixed=0))
     if session.absences and not as_json:
         rows = ((absence.case, absence.contender, absence.reason) for absence in session.absences)
         write(table("Absent", ("case", "contender", "because"), rows, fixed=0))
@@ -74,10 +119,3 @@ def kernels(
     typer.echo(f"wrote {', '.join(map(str, written))}", err=True)
     if result.failed:
         raise typer.Exit(1)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"{option} takes whole numbers separated by commas, got {text!r}") from None

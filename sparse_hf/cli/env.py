@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from sparse_hf import break_even
 from sparse_hf.cli.output import table, write, write_json
-from sparse_hf_kernels import AttentionRequest, available_backends, select_backend
+from sparse_hf_kernels import AttentionRequest, available_backends, select_backend, tuned
 from sparse_hf_kernels.ptxas import Ptxas, ptxas_in_use, ptxas_of_wheel, remedy
 
 PACKAGES = (
@@ -26,7 +27,7 @@ PACKAGES = (
     "peft",
     "wandb",
 )
-VARIABLES = ("SPARSE_HF_BACKEND", "TRITON_PTXAS_PATH", "TRITON_INTERPRET")
+VARIABLES = ("SPARSE_HF_BACKEND", tuned.VARIABLE, break_even.VARIABLE, "TRITON_PTXAS_PATH", "TRITON_INTERPRET")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128, 256)
 MISSING = "-"
@@ -39,6 +40,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "devices": devices(),
         "backends": backends(),
         "ptxas": assemblers(),
+        "tables": tables(),
         "variables": {name: os.environ.get(name, MISSING) for name in VARIABLES},
     }
     if as_json:
@@ -50,6 +52,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     rows = ([str(row[column]) for column in columns] for row in report["backends"])
     write(table(f"Backends (asked in this order: {', '.join(available_backends())})", columns, rows))
     write("Assembler of the kernels (ptxas)", *(f"  {name}: {what}" for name, what in report["ptxas"].items()), "")
+    write("Tables", *(f"  {name}: {what}" for name, what in report["tables"].items()), "")
     write(table("Variables", ("variable", "value"), report["variables"].items()))
 
 
@@ -95,6 +98,32 @@ def assemblers() -> dict[str, str]:
     }
 
 
+def tables() -> dict[str, str]:
+    """Which measured tables are in force, or what is wrong with them."""
+    return {"tile configurations": _tile_table(), "break-even lengths": _break_even_table()}
+
+
+def _tile_table() -> str:
+    try:
+        active = tuned.active_table()
+    except ValueError as error:
+        return f"refused: {error}"
+    if active is tuned.SHIPPED:
+        return "shipped with the package; `sparse-hf tune kernels` measures your own"
+    measured_on = ", ".join(sorted({str(entry.get("device", "an unnamed device")) for entry in active.entries}))
+    return f"{active.source}, {len(active.configs)} entries of {measured_on or 'no device'}; others as shipped"
+
+
+def _break_even_table() -> str:
+    try:
+        path, lengths = break_even.user_path(), break_even.measured()
+    except ValueError as error:
+        return f"refused: {error}"
+    known = ", ".join(dict.fromkeys(f"{entry.method} on {entry.device}" for entry in lengths))
+    source = "shipped with the package" if path is None else f"{path}, then the shipped one"
+    return f"{source} ({known or 'no entries; `sparse-hf tune break-even` measures your own'})"
+
+
 def backends() -> list[dict[str, str | int]]:
     """For each kind of device, dtype and head size: the backend that would serve sparse attention, and why."""
     kinds = dict.fromkeys(name.split(":")[0] for name in devices())
@@ -102,7 +131,9 @@ def backends() -> list[dict[str, str | int]]:
 
 
 def _choice(device: str, dtype: torch.dtype, head_dim: int) -> dict[str, str | int]:
-    request = AttentionRequest(op="sparse_attention", device_type=device, dtype=dtype, head_dim=head_dim)
+    request = AttentionRequest(
+        op="sparse_attention", device_type=device, dtype=dtype, head_dim=head_dim, needs_lse=False
+    )
     try:
         selection = select_backend(request)
     except ValueError as error:  # SPARSE_HF_BACKEND names one that cannot serve this

@@ -1,4 +1,4 @@
-"""`sparse-hf inspect`: what an artefact or a configuration does to a model at a length, from shapes alone."""
+"""`sparse-hf inspect`: what an artefact, a configuration or a method does at a length, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sparse_hf.adapters import ModelShape, adapter_for_config
 from sparse_hf.artefact import load_artefact
+from sparse_hf.break_even import resolve_min_seq_len
+from sparse_hf.cli.inspect_method import inspect_method, names_method, read_method
 from sparse_hf.cli.output import find_artefact, write, write_json
 from sparse_hf.config import SparseConfig
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
@@ -44,7 +46,13 @@ class _Subject:
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="Artefact, training run or Hub id; with --sparse a model.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="Artefact, training run or Hub id; a method, by name or file; with --sparse a model."),
+    ],
+    parameters: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parameters of a method.", show_default=False)
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 8192,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     sparse: Annotated[
@@ -53,13 +61,37 @@ def inspect(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the cache; by default the model's, else bfloat16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of TARGET on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also write a map of the heads to this image.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write a map of heads, or of a pattern, to this image.")
+    ] = None,
+    layer: Annotated[int, typer.Option(min=0, help="Of a method: the layer's number.")] = 0,
+    num_heads: Annotated[int, typer.Option(min=1, help="Of a method: query heads of the layer.")] = 32,
+    num_kv_heads: Annotated[int, typer.Option(min=1, help="Of a method: KV heads of the layer.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Of a method.")] = 128,
 ) -> None:
-    """Show head sparsity, attention density and KV bytes per layer. Reads no weights."""
+    """Show head sparsity, attention density and KV bytes per layer, or what a static method keeps. Reads no weights."""
+    if sparse is None and names_method(target):
+        inspect_method(
+            read_method(target, parameters or ()),
+            seq_len=seq_len,
+            layer=layer,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=getattr(torch, dtype.value if dtype is not None else "bfloat16"),
+            plot=plot,
+            as_json=as_json,
+        )
+        return
+    if parameters:
+        raise ValueError(f"key=value parameters go with a method, and {target!r} is none; got {parameters}")
     subject = _from_artefact(target, revision) if sparse is None else _from_model(target, sparse, revision)
     element = getattr(torch, dtype.value) if dtype is not None else subject.dtype
+    # As `sparsify` would resolve it on the device that this machine offers.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = resolve_min_seq_len(subject.config, device=device, head_dim=subject.shape.head_dim)
     summary = summarize(
-        subject.config,
+        resolved,
         subject.head_masks,
         subject.shape,
         seq_len=seq_len,

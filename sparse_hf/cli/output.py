@@ -41,6 +41,23 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], fix
     return result
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The names of an option that takes several."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """The whole numbers of an option that takes several.
+
+    Raises:
+        ValueError: if there is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers separated by commas, got {text!r}") from None
+
+
 def find_artefact(target: str, revision: str | None = None) -> Path:
     """The artefact's folder behind a folder, a training run's folder, or a Hub id.
 

@@ -11,6 +11,20 @@ from sparse_hf_kernels import HeadPattern
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadPlace:
+    """Which KV head of a model a pattern is for; methods that differ from head to head ask."""
+
+    layer: int = 0
+    kv_head: int = 0
+    num_layers: int = 1
+    num_kv_heads: int = 1
+
+
+FIRST_HEAD = HeadPlace()
+"""Where no model is at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """Base of all methods. A subclass adds its parameters as fields and says what they mean to a kernel."""
 
@@ -21,8 +35,8 @@ class Method(ABC):
     """True when the pattern needs shapes only, not q and k."""
 
     @abstractmethod
-    def pattern(self) -> HeadPattern:
-        """What a head of this method reads."""
+    def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:
+        """What the head at `place` reads under this method."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-plain, with the method's name under `"method"`; `method_from_dict` is its inverse."""
@@ -36,3 +50,11 @@ def require_positive(method: Method, *fields: str) -> None:
         value = getattr(method, field)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"{method.name}: {field} must be a positive integer, got {value!r}")
+
+
+def require_not_negative(method: Method, *fields: str) -> None:
+    """Raises ValueError unless these fields are integers from 0."""
+    for field in fields:
+        value = getattr(method, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{method.name}: {field} must be an integer >= 0, got {value!r}")

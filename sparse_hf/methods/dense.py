@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_hf.methods.base import Method
+from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method
 from sparse_hf_kernels import HeadPattern
 
 
@@ -15,5 +15,5 @@ class Dense(Method):
     summary: ClassVar[str] = "all earlier keys"
     source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762, section 3.2"
 
-    def pattern(self) -> HeadPattern:
+    def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:
         return HeadPattern()

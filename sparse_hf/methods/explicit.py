@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_hf.methods.base import Method
+from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method
 from sparse_hf_kernels import BlockList, HeadPattern
 
 
@@ -75,5 +75,35 @@ class Explicit(Method):
             indices=tuple(matrix.col_indices().tolist()),
         )
 
-    def pattern(self) -> HeadPattern:
+    @classmethod
+    def from_bcsr(cls, matrix: Tensor) -> Explicit:
+        """From a token-level `torch.sparse_bsr` mask with square blocks, whose size becomes `block_size`.
+
+        Stored blocks are kept; a block stored on the diagonal may leave out what lies after it.
+
+        Raises:
+            ValueError: if it is not a square BSR matrix of square blocks, stores blocks after the diagonal, or one that
+                keeps only part of its earlier keys: this method is exact to its blocks.
+        """
+        if matrix.layout != torch.sparse_bsr or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f"expected a square torch.sparse_bsr tensor, got {matrix.layout} of shape {tuple(matrix.shape)}"
+            )
+        values, crow, columns = matrix.values(), matrix.crow_indices(), matrix.col_indices()
+        size = values.shape[-1]
+        if values.shape[-2] != size:
+            raise ValueError(f"expected square blocks, got {tuple(values.shape[-2:])}")
+        rows = torch.arange(len(crow) - 1, device=crow.device).repeat_interleave(crow.diff())
+        needed = torch.ones(size, size, dtype=torch.bool, device=values.device)
+        needed = torch.where((rows == columns)[:, None, None], needed.tril(), needed)
+        partial = (needed & (values == 0)).flatten(1).any(1).nonzero().flatten().tolist()
+        if partial:
+            raise ValueError(
+                f"explicit is exact to its blocks, but {len(partial)} of {len(rows)} stored blocks keep part of their "
+                f"pairs, the first at block row {int(rows[partial[0]])}, column {int(columns[partial[0]])}; take "
+                "smaller blocks, or a method with a window"
+            )
+        return cls(block_size=size, row_ptr=tuple(crow.tolist()), indices=tuple(columns.tolist()))
+
+    def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:
         return HeadPattern(blocks=self.blocks)

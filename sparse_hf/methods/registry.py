@@ -7,12 +7,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparse_hf.methods.base import Method
+from sparse_hf.methods.bigbird import BigBird
 from sparse_hf.methods.dense import Dense
+from sparse_hf.methods.dilated import Dilated
 from sparse_hf.methods.explicit import Explicit
+from sparse_hf.methods.fixed import Fixed
+from sparse_hf.methods.flexprefill import FlexPrefill
+from sparse_hf.methods.local_global import LocalGlobal
+from sparse_hf.methods.minference import MInference
 from sparse_hf.methods.sliding_window import SlidingWindow
 from sparse_hf.methods.streaming import Streaming
+from sparse_hf.methods.strided import Strided
+from sparse_hf.methods.tri_shape import TriShape
+from sparse_hf.methods.triangle import Triangle
+from sparse_hf.methods.xattention import XAttention
 
-_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, SlidingWindow, Streaming, Explicit)}
+_STATIC: tuple[type[Method], ...] = (
+    Dense,
+    SlidingWindow,
+    Streaming,
+    TriShape,
+    Triangle,
+    BigBird,
+    Dilated,
+    Strided,
+    Fixed,
+    LocalGlobal,
+    Explicit,
+)
+_DYNAMIC: tuple[type[Method], ...] = (XAttention, FlexPrefill, MInference)
+_METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (*_STATIC, *_DYNAMIC)}
 
 
 def available_methods() -> dict[str, type[Method]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_hf.methods.base import Method, require_positive
+from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method, require_positive
 from sparse_hf_kernels import HeadPattern
 
 
@@ -24,5 +24,5 @@ class SlidingWindow(Method):
     def __post_init__(self) -> None:
         require_positive(self, "window_size")
 
-    def pattern(self) -> HeadPattern:
+    def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:
         return HeadPattern(window=self.window_size)

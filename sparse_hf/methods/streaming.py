@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparse_hf.methods.base import Method, require_positive
+from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method, require_positive
 from sparse_hf_kernels import HeadPattern
 
 
@@ -26,5 +26,5 @@ class Streaming(Method):
     def __post_init__(self) -> None:
         require_positive(self, "num_sink_tokens", "window_size")
 
-    def pattern(self) -> HeadPattern:
+    def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:
         return HeadPattern(window=self.window_size, num_sink_tokens=self.num_sink_tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels import AttentionLayout, TokenPositions
+from sparse_hf_kernels import AttentionLayout, HeadPattern, TokenPositions
 from sparse_hf_kernels.sparse_attention.problem import AttentionProblem
 from sparse_hf_kernels.tiles import RowGeometry, TileShape, TileTable, backward_table, forward_table
 
@@ -16,6 +16,7 @@ LENGTH = 300
 LONG = 8192
 NUM_HEADS, NUM_KV_HEADS = 4, 2
 NUM_PROGRAMS = 132
+LAST_ROWS = HeadPattern(window=100, num_sink_tokens=8, num_last_tokens=50)
 CPU = torch.device("cpu")
 Case = tuple[Any, tuple[Any, ...], dict[str, Any], str]
 
@@ -32,6 +33,8 @@ def layouts() -> dict[str, tuple[AttentionLayout, TokenPositions]]:
         "causal": (dense, TokenPositions.causal(LENGTH, LENGTH)),
         "more queries than keys": (dense, TokenPositions.causal(LENGTH, 128, q_offset=0)),
         "padded": (dense, padded),
+        "last rows": (AttentionLayout(patterns=(LAST_ROWS,) * NUM_KV_HEADS), TokenPositions.causal(LENGTH, LENGTH)),
+        "last rows, padded": (AttentionLayout(patterns=(LAST_ROWS,) * NUM_KV_HEADS), padded),
         "both ways, padded": (AttentionLayout.dense(NUM_KV_HEADS, causal=False), padded),
         "holes": (dense, TokenPositions.from_padding_mask(holes)),
     }

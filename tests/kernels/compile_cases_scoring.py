@@ -24,6 +24,7 @@ from sparse_hf_kernels.scoring.xattention.kernels import (
 )
 from sparse_hf_kernels.scoring.xattention.launch import mass_arguments, pointer_arguments, tma_arguments
 from sparse_hf_kernels.scoring.xattention.tuning import score_configs
+from sparse_hf_kernels.tiles.selected_kernels import _selected_rows_kernel, fill_launch
 
 LENGTH = 8192
 Case = tuple[Any, tuple[Any, ...], dict[str, Any], str]
@@ -83,7 +84,15 @@ def _selection() -> Iterator[Case]:
         mask = _empty(*shape, dtype=torch.int8)
         yield _lists_to_mask_kernel, *mask_arguments(counts, indices, mask)[1:], f"lists to mask {columns}"
         out = _empty(1, 4, columns, dtype=integer), _empty(1, 4, columns, 64, dtype=integer)
-        yield _transpose_kernel, *transpose_arguments(mask, *out)[1:], f"transpose {columns}"
+        for descending in (False, True):
+            yield _transpose_kernel, *transpose_arguments(mask, *out, descending)[1:], f"transpose {columns}"
+    fixed, heads, rows = _empty(2, 64, 16, dtype=integer), _empty(4, dtype=integer), _empty(256, 16, dtype=integer)
+    for transposed in (False, True):
+        launch = fill_launch(
+            _empty(1, 4, 64, dtype=integer), _empty(1, 4, 64, 64, dtype=integer), fixed, heads, rows, 64, size=128,
+            tile_m=64, tile_n=128, first_block=0, q_len=8192, list_base=0, transposed=transposed,
+        )  # fmt: skip
+        yield _selected_rows_kernel, *launch[1:], f"selected rows, transposed {transposed}"
 
 
 def _others(dim: int, dtype: torch.dtype) -> Iterator[Case]:

@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern, TokenPositions
+from sparse_hf_kernels import AttentionLayout, BlockList, BlockSelection, HeadPattern, TokenPositions
+from sparse_hf_kernels.sparse_attention.columns.kernels import (
+    _column_dkdv_kernel,
+    _column_dq_kernel,
+    _column_forward_kernel,
+    _column_sum_kernel,
+)
+from sparse_hf_kernels.sparse_attention.columns.launch import (
+    ColumnLists,
+    dkdv_launch,
+    dq_launch,
+    forward_launch,
+    sum_launch,
+)
 from sparse_hf_kernels.sparse_attention.problem import AttentionProblem
 from sparse_hf_kernels.sparse_attention.triton.backward import _dkdv_kernel, _dq_kernel, dkdv_arguments, dq_arguments
 from sparse_hf_kernels.sparse_attention.triton.configs import Pass, TileConfig, compiled_config
@@ -101,3 +114,57 @@ def _kernels(
     config = config_of("dq")
     table = forward_table(layout, geometry, config.shape, **shared)
     yield _dq_kernel, *dq_arguments(inputs, q, problem, table, config), f"dq {tuple(config)}"
+
+
+def column_cases(
+    arch: int,
+    head_dims: tuple[int, ...] = (64, 128, 256),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+) -> Iterator[Case]:
+    """Those of single columns, for blocks of 128 and of 64; as `cases`."""
+    for size in (128, 64):
+        for head_dim in head_dims:
+            for dtype in dtypes:
+                for case in _column_kernels(arch, size, head_dim, dtype):
+                    yield *case[:3], f"sm_{arch} hd{head_dim} {str(dtype)[6:]} blocks of {size}: {case[3]}"
+
+
+def _column_kernels(arch: int, size: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def heads(number: int, length: int = LENGTH) -> Tensor:
+        return new_heads(torch.empty(1, number, length, head_dim, dtype=dtype, device="meta"))
+
+    def config_of(which: Pass) -> TileConfig:
+        return compiled_config(arch, head_dim, dtype, which).within(size)
+
+    blocks = LENGTH // size
+    problem = AttentionProblem(
+        layout=AttentionLayout(patterns=(HeadPattern(selected=True),) * 4),
+        geometry=RowGeometry.of(TokenPositions.causal(LENGTH, LENGTH)),
+        scale=0.1,
+        deterministic=True,
+        selection=BlockSelection(
+            block_size=size, counts=integers(1, 8, blocks), indices=integers(1, 8, blocks, blocks)
+        ),
+    )
+    lists = ColumnLists(
+        positions=integers(1, 8, 1024),
+        covered=integers(1, 8, blocks, blocks, dtype=torch.int8),
+        heads=integers(8),
+        kv_heads=integers(4),
+    )
+    q, k, columns = heads(8), heads(4), heads(8, 1024).contiguous()
+    lse, parts = torch.empty(1, 8, LENGTH, device="meta"), columns.float()
+    config = config_of("forward")
+    launch = forward_launch(q, columns, columns, q, lse, problem, lists, config)
+    yield _column_forward_kernel, *launch[1:], f"forward {tuple(config)}"
+    inputs, config = (q, columns, columns, q, lse, lse), config_of("dq")
+    yield _column_dq_kernel, *dq_launch(inputs, q, problem, lists, config)[1:], f"dq {tuple(config)}"
+    config = config_of("dkdv")
+    launch = dkdv_launch(inputs, (parts, parts), problem, lists, config)
+    yield _column_dkdv_kernel, *launch[1:], f"dkdv {tuple(config)}"
+    by_position = integers(1, 4, 2048), integers(1, 4, 2048, dtype=torch.int64)
+    launch = sum_launch((parts, parts), by_position, k, k, problem, lists)
+    yield _column_sum_kernel, *launch[1:], "sum of parts"

@@ -27,6 +27,12 @@ def naive_mask(layout: AttentionLayout, positions: TokenPositions) -> Tensor:
     for pattern in layout.patterns:
         if pattern.blocks is None:
             keep = ((i - j).abs() < pattern.window) | (j < pattern.num_sink_tokens)
+            if pattern.num_last_tokens:
+                own = (positions.k_positions >= 0)[:, None, :].expand(-1, i.shape[1], -1)
+                if positions.q_segments is not None:
+                    own = own & (positions.q_segments[:, :, None] == positions.k_segments[:, None, :])
+                end = torch.where(own, j + 1, 0).amax(-1, keepdim=True)  # the length of each query's sequence
+                keep = keep | (i >= end - pattern.num_last_tokens)
         else:
             blocks = pattern.blocks
             pairs = {

@@ -151,6 +151,7 @@ def reports(group: Group) -> Iterator[Report]:
 
 def _cases(group: Group) -> Iterator[Any]:
     import compile_cases_gluon
+    import compile_cases_mixed
     import compile_cases_scoring
     import compile_cases_triton
     import torch
@@ -160,7 +161,9 @@ def _cases(group: Group) -> Iterator[Any]:
         yield from compile_cases_gluon.cases(dims, dtypes, group.names)
     elif group.family == "triton":
         yield from compile_cases_triton.cases(group.arch, dims, dtypes, group.names)
+        yield from compile_cases_triton.column_cases(group.arch, dims, dtypes)
         yield from compile_cases_gluon.delta_cases(group.arch, dims, dtypes)
+        yield from compile_cases_mixed.cases(group.arch, dims, dtypes)
     else:
         yield from compile_cases_scoring.cases(group.arch, dims, dtypes)
 

@@ -225,37 +225,31 @@ def test_mixed_attention(compiled: Callable, gate: list[float], skip_saturated: 
     assert_same(run(*other), mix(*other), other, atol=1e-4)
 
 
-def test_only_these_heads() -> None:
-    q, k, v = make_inputs(20)
-    where = (None, None, None, None, None, None, 0)
-    op = torch.ops.sparse_hf.sparse_attention
-    key = layout_key(LAYOUTS["mixed"])
-    out, lse = op(q, k, v, key, *where, torch.tensor([False, True]), SCALE, False)
-    expected = sparse_attention(q, k, v, LAYOUTS["mixed"], scale=SCALE, return_lse=True)
-    assert bool((out[:, :2] == 0).all()) and bool((lse[:, :2] == float("-inf")).all())
-    assert_same((out[:, 2:], lse[:, 2:]), (expected[0][:, 2:], expected[1][:, 2:]), [q, k, v])
-
-
-@pytest.mark.parametrize("heads", [None, [True, False]])
 @pytest.mark.parametrize("place", ["closed form", "packed"])
-def test_registration(place: str, heads: list[bool] | None) -> None:
+def test_registration(place: str) -> None:
     """torch's own checks: schema, autograd, shapes and strides of the fake kernels, ahead-of-time tracing."""
     q, k, v = make_inputs(20, batch=1)
     packed = TokenPositions.from_cu_seqlens(torch.tensor([0, 7, 20]))
     tensors = (packed.q_positions, packed.k_positions, packed.q_segments, packed.k_segments, None, None, 0)
     where = (None, None, None, None, None, 0, 0) if place == "closed form" else tensors
-    flags = None if heads is None else torch.tensor(heads)
-    call = layout_key(LAYOUTS["mixed"]), *where, flags, SCALE, False
+    call = layout_key(LAYOUTS["mixed"]), *where, SCALE, False
     torch.library.opcheck(torch.ops.sparse_hf.sparse_attention, (q, k, v, *call))
     inputs = [x.detach() for x in (q, k, v)]
     out, lse = torch.ops.sparse_hf.sparse_attention(*inputs, *call)
     for grads in ((torch.randn_like(out), None), (torch.randn_like(out), torch.randn_like(lse))):
         torch.library.opcheck(torch.ops.sparse_hf.sparse_attention_backward, (*grads, *inputs, out, lse, *call))
+    gate = torch.tensor([0.0, 0.7], requires_grad=True)
+    for skip in (False, True):
+        mixed_call = layout_key(AttentionLayout.dense(2)), call[0], *where, SCALE, skip, False
+        torch.library.opcheck(torch.ops.sparse_hf.mixed_attention, (q, k, v, gate, *mixed_call))
+        out, *kept = torch.ops.sparse_hf.mixed_attention(*inputs, gate.detach(), *mixed_call)
+        backward_call = (torch.randn_like(out), *inputs, gate.detach(), *kept, *mixed_call)
+        torch.library.opcheck(torch.ops.sparse_hf.mixed_attention_backward, backward_call)
 
 
 def test_keys_of_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in every process, so that a graph kept on disk can never mean another layout."""
-    assert layout_key(AttentionLayout.dense(2)) == layout_key(AttentionLayout.dense(2)) == 71551846041664167
+    assert layout_key(AttentionLayout.dense(2)) == layout_key(AttentionLayout.dense(2)) == 25751408495881576
     keys = {layout_key(layout) for layout in (*LAYOUTS.values(), AttentionLayout.dense(2))}
     assert len(keys) == 4
     assert layout_of(layout_key(LAYOUTS["blocks"])) == LAYOUTS["blocks"]

@@ -101,6 +101,7 @@ def test_the_reference_serves_cpu(qkv: list[Tensor], caplog: pytest.LogCaptureFi
     selection = select_backend(request_for(qkv))
     assert selection.backend.name == available_backends()[-1] == "reference"
     assert selection.reason == (
+        "sdpa: serves whole unpadded sequences of which all heads read every earlier token; "
         "gluon: needs an NVIDIA GPU of compute capability 9.0, got device 'cpu'; "
         "triton: needs an NVIDIA GPU, got device 'cpu'"
     )
@@ -118,9 +119,10 @@ def test_called_by_the_operators(register: Callable, qkv: list[Tensor]) -> None:
     assert stand_in.calls == ["sparse_attention", "mixed_attention"]
     (first, second) = stand_in.requests
     assert first == AttentionRequest(
-        op="sparse_attention", device_type="cpu", dtype=torch.float32, head_dim=16, layout=LAYOUT
-    )
-    assert second.op == "mixed_attention"
+        op="sparse_attention", device_type="cpu", dtype=torch.float32, head_dim=16, layout=LAYOUT, num_rows=4,
+        needs_lse=False,
+    )  # fmt: skip
+    assert second.op == "mixed_attention" and second.needs_lse
     unregister_backend("stand_in")
     assert "stand_in" not in available_backends()
     assert torch.equal(sparse_attention(*qkv, LAYOUT), expected)
@@ -186,10 +188,10 @@ def test_names_are_unique(register: Callable) -> None:
 
 
 def test_built_in_backends_are_asked_in_this_order() -> None:
-    assert available_backends() == ("gluon", "triton", "reference")
+    assert available_backends() == ("sdpa", "gluon", "triton", "reference")
     for name in available_backends():
         unregister_backend(name)
-    assert available_backends() == ("gluon", "triton", "reference")
+    assert available_backends() == ("sdpa", "gluon", "triton", "reference")
 
 
 BLOCKS = BlockList(block_size=128, row_ptr=(0, 1, 2), indices=(0, 1))
@@ -253,7 +255,7 @@ import sys, torch
 assert "triton" not in sys.modules, "torch itself imports Triton now: this test shows nothing any more"
 from sparse_hf_kernels import AttentionLayout, available_backends, sparse_attention
 sparse_attention(*(torch.randn(1, 2, 8, 16) for _ in range(3)), AttentionLayout.dense(2))
-assert available_backends() == ("gluon", "triton", "reference")
+assert available_backends() == ("sdpa", "gluon", "triton", "reference")
 for name in ("triton", "torch._dynamo"):
     assert name not in sys.modules, f"computing on the CPU imports {name}"
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,9 @@ def layouts(causal: bool) -> dict[str, AttentionLayout]:
     found = {name: AttentionLayout(patterns=patterns, causal=causal) for name, patterns in made.items()}
     found["native window"] = AttentionLayout(patterns=(STREAMING, HeadPattern()), max_distance=150, causal=causal)
     if causal:
+        last = HeadPattern(window=200, num_sink_tokens=5, num_last_tokens=70)
+        found["last rows"] = AttentionLayout(patterns=(last, blocks(6, 128)))
+        found["last rows, tiles"] = AttentionLayout(patterns=(replace(last, num_last_tokens=1), STREAMING))
         found["dense rows"] = AttentionLayout(patterns=(STREAMING, blocks(6, 128)), num_dense_rows=128)
     return found
 
@@ -112,7 +116,8 @@ def naive(
     q, k, v = copies = [x.detach().nan_to_num().to(dtype).requires_grad_() for x in inputs]
     i, j = where.q_positions[:, :, None], where.k_positions[:, None, :]
     group, visible = q.shape[1] // k.shape[1], where.visible(slice(None))
-    allowed = torch.stack([visible & layout.allowed(pattern, i, j) for pattern in layout.patterns], 1)
+    last = j.expand_as(visible).masked_fill(~visible, -1).amax(-1, keepdim=True)
+    allowed = torch.stack([visible & layout.allowed(pattern, i, j, last) for pattern in layout.patterns], 1)
     allowed = allowed.repeat_interleave(group, 1)
     some = allowed.any(-1, keepdim=True)
     scores = (q @ k.repeat_interleave(group, 1).transpose(-1, -2)) * q.shape[-1] ** -0.5
@@ -460,7 +465,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dispatch_without_the_variable(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """What a user gets: Hopper kernels on Hopper, the portable ones for fp32 and for blocks that tiles cut."""
     monkeypatch.delenv("SPARSE_HF_BACKEND")
-    assert available_backends() == ("gluon", "triton", "reference") and "SPARSE_HF_BACKEND" not in os.environ
+    assert available_backends() == ("sdpa", "gluon", "triton", "reference") and "SPARSE_HF_BACKEND" not in os.environ
     hopper = torch.cuda.get_device_capability() == (9, 0)
     where = TokenPositions.causal(128, 128, "cuda")
 

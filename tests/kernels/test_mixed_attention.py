@@ -1,6 +1,7 @@
 """`mixed_attention` is gate * full + (1 - gate) * sparse, and its gate has that expression's gradient."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from sparse_hf_kernels import (
     mixed_attention_reference,
     sparse_attention_reference,
 )
-from sparse_hf_kernels.mixed_attention.composed import mixed_attention_composed
+from sparse_hf_kernels.mixed_attention.composed import composed_backward, composed_forward
+from sparse_hf_kernels.sparse_attention.reference_backward import sparse_attention_backward_reference
 from sparse_hf_kernels.testing import assert_close_to_truth
 
 SCALE = 0.3
@@ -87,8 +89,8 @@ def test_skip_saturated(naive: Callable, gate: list[float]) -> None:
 
 @pytest.mark.parametrize("gate", [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.2, 0.4, 0.6]])
 @pytest.mark.parametrize("skip_saturated", [False, True])
-def test_composed_of_two_calls(gate: list[float], skip_saturated: bool) -> None:
-    """What fused backends do is what the reference does, and it leaves out the same heads."""
+def test_passes_composed_of_two_calls(gate: list[float], skip_saturated: bool) -> None:
+    """What compiled graphs call on backends without passes of their own: the same numbers, the same heads left out."""
     inputs = make_inputs(gate)
     options = {"positions": TokenPositions.causal(70, 70), "scale": SCALE, "skip_saturated": skip_saturated}
     computed = []
@@ -97,17 +99,24 @@ def test_composed_of_two_calls(gate: list[float], skip_saturated: bool) -> None:
         computed.append(layout)
         return sparse_attention_reference(q, k, v, layout, **kwargs)
 
+    def attend_backward(*args: Any, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
+        computed.append(args[-1])
+        return sparse_attention_backward_reference(*args, **kwargs)
+
     expected = mixed_attention_reference(*inputs, FULL, SPARSE, **options)
-    out = mixed_attention_composed(*inputs, FULL, SPARSE, **options, deterministic=True, attend=attend)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-    weight = torch.randn_like(out)
-    grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected)]
-    for name, actual, true in zip(("q", "k", "v", "gate"), *grads, strict=True):
+    weight = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    detached = tuple(x.detach() for x in inputs)
+    out, *kept = composed_forward(attend, *detached, FULL, SPARSE, **options, deterministic=True)
+    saved = (*detached, *kept)
+    grads = composed_backward(attend_backward, weight, saved, FULL, SPARSE, **options, deterministic=True)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-6, atol=1e-6)
+    for name, actual, true in zip(("q", "k", "v", "gate"), grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, true, rtol=1e-5, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
     needs_full = [h for h, z in enumerate(gate) if z > 0 or not skip_saturated]
     needs_sparse = [h for h, z in enumerate(gate) if z < 1 or not skip_saturated]
     pairs = (FULL, needs_full), (SPARSE, needs_sparse)
-    assert computed == [layout.select(heads) for layout, heads in pairs if heads]
+    assert computed == 2 * [layout.select(heads) for layout, heads in pairs if heads]
 
 
 @pytest.mark.parametrize(("gate", "left_out"), [(0.0, FULL), (1.0, SPARSE)])
@@ -158,6 +167,10 @@ def test_inputs_that_do_not_fit() -> None:
             mixed_attention(q, k, v, bad, FULL, SPARSE)
     for full, sparse in ((AttentionLayout.dense(2), SPARSE), (FULL, AttentionLayout.dense(2))):
         with pytest.raises(ValueError, match="the layout describes 2 KV heads"):
+            mixed_attention(q, k, v, gate, full, sparse)
+    selected = AttentionLayout(patterns=(HeadPattern(selected=True),) * 3)
+    for full, sparse in ((selected, SPARSE), (FULL, selected)):
+        with pytest.raises(ValueError, match="static patterns"):
             mixed_attention(q, k, v, gate, full, sparse)
     q, k, v, gate = make_inputs([0.1, 0.2, 0.3], length=97)
     with pytest.raises(ValueError, match="covers 96 tokens, got a sequence of 97"):

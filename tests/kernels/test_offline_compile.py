@@ -85,6 +85,15 @@ SPILLS: dict[tuple[str, int], dict[int, int]] = {
     ("_forward_kernel", 120): {64: 48, 128: 80},
     ("_forward_kernel decode", 120): {64: 16},
     ("_forward_kernel general", 120): {64: 576, 128: 272, 256: 16},
+    ("_column_dkdv_kernel", 80): {64: 32, 128: 144, 256: 224},
+    ("_column_forward_kernel", 80): {64: 64, 128: 32, 256: 16},
+    ("_column_dkdv_kernel", 89): {64: 32, 128: 32},
+    ("_column_forward_kernel", 89): {64: 112},
+    ("_column_dkdv_kernel", 90): {64: 16, 256: 64},
+    ("_column_dq_kernel", 100): {64: 16},
+    ("_column_forward_kernel", 100): {256: 16},
+    ("_column_dkdv_kernel", 120): {64: 96, 128: 48},
+    ("_column_forward_kernel", 120): {64: 96},
 }
 """Bytes that (kernel and form, arch) may spill by head dimension, 0 where it is not named: the largest over dtypes and
 layouts with the ptxas that comes with Triton 3.6.0, rounded up."""
@@ -92,7 +101,7 @@ layouts with the ptxas that comes with Triton 3.6.0, rounded up."""
 PRODUCTS = {
     "attention_forward_kernel", "attention_backward_kernel", "_forward_kernel", "_dkdv_kernel", "_dq_kernel",
     "_block_lse_pointer_kernel", "_block_lse_tma_kernel", "_row_lse_kernel", "_last_q_sums_kernel",
-    "_pooled_scores_kernel",
+    "_pooled_scores_kernel", "_column_forward_kernel", "_column_dq_kernel", "_column_dkdv_kernel",
 }  # fmt: skip
 """Kernels that multiply matrices: in fp32, as only scoring is asked to, without the tensor cores."""
 

@@ -1,6 +1,7 @@
 """Tile tables, walked as a kernel walks them, give back exactly the mask that the layout means."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ def layouts(causal: bool) -> dict[str, AttentionLayout]:
     found["native window"] = AttentionLayout(patterns=(wide, exact), max_distance=50, causal=causal)
     if causal:
         found["dense rows"] = AttentionLayout(patterns=(streaming, exact), num_dense_rows=33)
+        last = HeadPattern(window=40, num_sink_tokens=5, num_last_tokens=37)
+        found["last rows"] = AttentionLayout(patterns=(last, exact))
+        found["last rows, more"] = AttentionLayout(patterns=(wide, replace(last, window=9)), num_dense_rows=33)
+        found["last rows, all"] = AttentionLayout(patterns=(replace(last, num_last_tokens=500),) * 2, max_distance=90)
+        found["last rows, tiles"] = AttentionLayout(patterns=(streaming, replace(last, num_last_tokens=32)))
         found["dense rows, cut"] = AttentionLayout(patterns=(wide, cut), num_dense_rows=100, max_distance=120)
     return found
 
@@ -66,6 +72,9 @@ def row_masks(table: TileTable, row: Tensor, where: RowGeometry, layout: Attenti
     window, sinks = int(row[14]), int(row[15])
     pos, start, end = pos[:, None], start[:, None], end[:, None]
     dense_row = pos - start < layout.num_dense_rows
+    if window < 0:
+        assert table.has_last_rows
+        dense_row, window = dense_row | (pos >= end - layout.num_last_tokens), -window
     keep = ((pos - keys).abs() < window) | (keys < start + sinks) | dense_row
     keep = keep & (keys >= start) & ((pos - keys).abs() < layout.max_distance) & (pos >= start)
     keep = keep & ((keys <= pos) if layout.causal else (keys < end))

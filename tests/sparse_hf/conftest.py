@@ -5,7 +5,7 @@ each method's definition. Every path of the library must reproduce it.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,24 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sparse_hf import Dense, Explicit, LayerRule, SlidingWindow, SparseConfig, Streaming, is_sparsified, sparsify
+from sparse_hf import (
+    BigBird,
+    Dense,
+    Dilated,
+    Explicit,
+    Fixed,
+    HeadPlace,
+    LayerRule,
+    LocalGlobal,
+    SlidingWindow,
+    SparseConfig,
+    Streaming,
+    Strided,
+    Triangle,
+    TriShape,
+    is_sparsified,
+    sparsify,
+)
 
 VOCAB = 99
 NATIVE_WINDOW = 12
@@ -66,7 +83,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
 }
 NATIVE_LAYERS = {"qwen2_native": (1, 2), "mistral_native": (0, 1)}
-MIXES = ("dense", "sliding_window", "streaming", "explicit", "mixed", "min_seq_len")
+MIXES = ("dense", "sliding_window", "streaming", "explicit", "mixed", "min_seq_len", "block_rules", "local_global")
+NUM_LAST = 5  # of the mix "last_rows", whose rows depend on where a call ends; test_last_rows.py has its paths
 
 Keep = Callable[[Tensor, Tensor], Tensor]  # (i, j), which broadcast -> may i read j, causality apart
 
@@ -95,6 +113,59 @@ def keep_explicit(i: Tensor, j: Tensor) -> Tensor:
     return block_mask()[i // BLOCK, j // BLOCK]
 
 
+BIGBIRD = BigBird(block_size=BLOCK, num_random_blocks=1, num_window_blocks=1, seed=3)
+LOCAL_GLOBAL = LocalGlobal(
+    block_size=4,
+    num_local_heads=1,
+    num_global_heads=1,
+    window_size=4,
+    min_window_size=2,
+    max_window_size=10,
+    global_ratio=0.25,
+)
+
+
+def keep_bigbird(layer: int, head: int) -> Keep:
+    """The first block, the own one, and the one that was drawn for this head (test_bigbird.py has the draw itself)."""
+    rule = BIGBIRD.pattern(HeadPlace(layer=layer, kv_head=head)).blocks
+    drawn = [int(rule.random_blocks(torch.tensor(row))[0]) for row in range(BLOCK_ROWS)]
+
+    def keep(i: Tensor, j: Tensor) -> Tensor:
+        row, block = i // BLOCK, j // BLOCK
+        return (block == 0) | (block == row) | (block == torch.tensor(drawn)[row])
+
+    return keep
+
+
+def keep_dilated(i: Tensor, j: Tensor) -> Tensor:
+    distance = i // 4 - j // 4
+    return sum((distance == offset for offset in (0, 1, 2, 4, 8)), torch.zeros(()).bool())
+
+
+def keep_strided(i: Tensor, j: Tensor) -> Tensor:
+    distance = i // BLOCK - j // BLOCK
+    return (distance < 2) | (distance % 2 == 0)
+
+
+def keep_fixed(i: Tensor, j: Tensor) -> Tensor:
+    return (i // 12 == j // 12) | (j % 12 >= 8)
+
+
+def keep_local(i: Tensor, j: Tensor) -> Tensor:
+    """Blocks of 4; windows of sqrt(4 n) tokens between 2 and 10: 1 block at n = 4, 2 up to 16, then 3."""
+    row = i // 4
+    count = 1 + (row >= 1).long() + (row >= 4).long()
+    return row - j // 4 < count
+
+
+def keep_global(i: Tensor, j: Tensor) -> Tensor:
+    return keep_local(i, j) | (j // 4 % 4 == 0)
+
+
+def keep_triangle(i: Tensor, j: Tensor) -> Tensor:
+    return (i - j < 4) | (j < 1)
+
+
 def mixed_head_masks(num_layers: int, num_heads: int) -> list[list[int]]:
     return [[(layer + head) % 2 for head in range(num_heads)] for layer in range(num_layers)]
 
@@ -111,7 +182,21 @@ def make_config(mix: str, num_layers: int, num_heads: int) -> SparseConfig:
         )
         masks = mixed_head_masks(num_layers, num_heads)
         return SparseConfig(full=Dense(), sparse=streaming, rules=rules, head_masks=tuple(map(tuple, masks)))
-    methods = {"dense": Dense(), "sliding_window": window, "explicit": explicit}
+    if mix == "block_rules":  # the first layer strided and dilated, the last one bigbird and fixed
+        first, last = "0", str(num_layers - 1)
+        rules = (
+            LayerRule(layers=first, sparse=Dilated(block_size=4)),
+            LayerRule(layers=first, kv_heads="0", sparse=Strided(block_size=BLOCK, stride_blocks=2)),
+            LayerRule(layers=last, sparse=Fixed(block_size=4, stride_blocks=3)),
+            LayerRule(layers=last, kv_heads="0", sparse=BIGBIRD),
+        )
+        return SparseConfig(sparse=streaming, rules=rules)
+    if mix == "last_rows":
+        triangle = Triangle(num_sink_tokens=1, window_size=4, num_last_tokens=NUM_LAST)
+        masks = mixed_head_masks(num_layers, num_heads)
+        tri_shape = TriShape(num_sink_tokens=2, window_size=6, num_last_tokens=NUM_LAST)
+        return SparseConfig(full=tri_shape, sparse=triangle, head_masks=tuple(map(tuple, masks)))
+    methods = {"dense": Dense(), "sliding_window": window, "explicit": explicit, "local_global": LOCAL_GLOBAL}
     return SparseConfig(sparse=methods.get(mix, streaming), min_seq_len=16 if mix == "min_seq_len" else 0)
 
 
@@ -122,6 +207,14 @@ def keep_of(mix: str, layer: int, head: int, num_layers: int, num_heads: int) ->
         if layer == num_layers - 1:
             return (keep_window if head == num_heads - 1 else keep_dense) if is_full else keep_explicit
         return keep_dense if is_full else keep_streaming
+    if mix == "last_rows":
+        return keep_streaming if mixed_head_masks(num_layers, num_heads)[layer][head] else keep_triangle
+    if mix == "block_rules" and layer == 0:
+        return keep_strided if head == 0 else keep_dilated
+    if mix == "block_rules" and layer == num_layers - 1:
+        return keep_bigbird(layer, head) if head == 0 else keep_fixed
+    if mix == "local_global":
+        return keep_global if head % 2 else keep_local
     table = {"dense": keep_dense, "sliding_window": keep_window, "explicit": keep_explicit}
     return table.get(mix, keep_streaming)
 
@@ -133,11 +226,17 @@ class OracleRule:
     keeps: list[Keep]
     native_window: int | None
     min_seq_len: int
+    num_last: int = 0
+    ends: tuple[int, ...] = ()
+    """Where calls end: the last `num_last` positions before each end read all; by default the whole sequence's."""
 
 
 def oracle_mask(rule: OracleRule, head: int, length: int) -> Tensor:
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     allowed = rule.keeps[head](i, j) | (i < rule.min_seq_len)
+    if rule.num_last:
+        ends = torch.tensor(rule.ends or (length,))
+        allowed = allowed | (i >= ends[torch.searchsorted(ends, i, right=True)] - rule.num_last)
     if rule.native_window is not None:
         allowed = allowed & (i - j < rule.native_window)
     return allowed & (j <= i)
@@ -232,10 +331,14 @@ class Case:
                 keeps=[keep_of(mix, n, h, self.num_layers, self.num_heads) for h in range(self.num_heads)],
                 native_window=NATIVE_WINDOW if n in NATIVE_LAYERS.get(family, ()) else None,
                 min_seq_len=16 if mix == "min_seq_len" else 0,
+                num_last=NUM_LAST if mix == "last_rows" else 0,
             )
 
-    def expected(self, tokens: Tensor) -> Tensor:
-        """The oracle's logits `[length, vocab]` of one sequence."""
+    def expected(self, tokens: Tensor, ends: Iterable[int] = ()) -> Tensor:
+        """The oracle's logits `[length, vocab]` of one sequence; `ends` are those of the calls that it came in."""
+        layers = self.oracle.transformer.h if self.family == "gpt2" else self.oracle.model.layers
+        for layer in layers:
+            (layer.attn if self.family == "gpt2" else layer.self_attn).oracle_rule.ends = tuple(ends)
         return self.oracle(tokens[None], use_cache=False).logits[0]
 
     def mask(self, layer: int, head: int, length: int) -> Tensor:

@@ -9,7 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_hf import Dense, Explicit, LayerRule, SlidingWindow, SparseConfig, Streaming, available_methods
+from sparse_hf import (
+    BigBird,
+    Dense,
+    Dilated,
+    Explicit,
+    Fixed,
+    FlexPrefill,
+    LayerRule,
+    LocalGlobal,
+    MInference,
+    SlidingWindow,
+    SparseConfig,
+    Streaming,
+    Strided,
+    Triangle,
+    TriShape,
+    XAttention,
+    available_methods,
+)
 from sparse_hf.layer_ranges import parse_ranges
 from sparse_hf.methods import method_from_dict
 
@@ -19,7 +37,18 @@ METHODS = [
     Dense(),
     SlidingWindow(window_size=7),
     Streaming(num_sink_tokens=3, window_size=9),
+    TriShape(num_last_tokens=7),
+    Triangle(num_sink_tokens=1),
+    BigBird(seed=9),
+    Dilated(num_sink_blocks=1),
+    Dilated.longnet(num_levels=3),
+    Strided(stride_blocks=5),
+    Fixed(num_summary_blocks=2),
+    LocalGlobal(global_ratio=0.3),
     EXPLICIT,
+    XAttention(stride=8),
+    FlexPrefill(gamma=0.8),
+    MInference(vertical_size=100),
 ]
 
 
@@ -78,7 +107,7 @@ def test_frozen(value: Any) -> None:
         ({"rules": [{"layers": "*"}]}, "changes nothing"),
         ({"rules": ["dense"]}, "rule"),
         ({"rules": "dense"}, "rule"),
-        ({"sparse": "nonesuch"}, "unknown method 'nonesuch'; known: dense, sliding_window, streaming, explicit"),
+        ({"sparse": "nonesuch"}, "unknown method 'nonesuch'; known: dense, sliding_window, streaming, tri_shape"),
         ({"full": {"method": "xx"}}, "unknown method 'xx'; known: dense"),
         ({"full": {"window_size": 3}}, "method"),
         ({"full": None}, "method"),

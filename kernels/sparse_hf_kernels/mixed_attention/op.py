@@ -7,15 +7,10 @@ from torch import Tensor
 
 from sparse_hf_kernels.dispatch import AttentionRequest, select_backend
 from sparse_hf_kernels.layout import AttentionLayout
-from sparse_hf_kernels.mixed_attention.composed import blend
+from sparse_hf_kernels.mixed_attention.checks import check_call
+from sparse_hf_kernels.mixed_attention.custom_ops import traced_mixed_attention
 from sparse_hf_kernels.positions import TokenPositions
-from sparse_hf_kernels.sparse_attention.checks import (
-    check_inputs,
-    check_positions,
-    checked_deterministic,
-    checked_scale,
-)
-from sparse_hf_kernels.sparse_attention.custom_ops import traced_attention
+from sparse_hf_kernels.sparse_attention.checks import check_inputs, checked_deterministic, checked_scale
 from sparse_hf_kernels.sparse_attention.traced import TracedPositions
 
 
@@ -40,7 +35,7 @@ def mixed_attention(
     Args:
         q: `[batch, num_heads, q_len, head_dim]`.
         k, v: `[batch, num_kv_heads, kv_len, head_dim]`.
-        gate: fp32 `[num_kv_heads]` in [0, 1]; 1 is all full.
+        gate: fp32 `[num_kv_heads]` in [0, 1]; 1 is all full. What lies outside gives no meaningful gradients.
         full, sparse: the layouts of the two branches.
         positions, scale, deterministic: as in `sparse_attention`.
         skip_saturated: leave out the branch of weight exactly 0. Such a head then gives its gate no gradient through
@@ -57,14 +52,19 @@ def mixed_attention(
         raise ValueError(f"gate must be [{k.shape[1]}], one value per KV head, got {tuple(gate.shape)}")
     scale, deterministic = checked_scale(scale, q.shape[-1]), checked_deterministic(deterministic)
     if torch.compiler.is_compiling():
-        return _traced(q, k, v, gate, full, sparse, positions, scale, skip_saturated, deterministic)
+        return traced_mixed_attention(q, k, v, gate, full, sparse, positions, scale, skip_saturated, deterministic)
     assert not isinstance(positions, TracedPositions), "a traced graph's positions exist only within it"
-    check_inputs(q, k, v, full, sparse)
     if positions is None:
         positions = TokenPositions.causal(q.shape[2], k.shape[2], q.device)
-    check_positions(q, k, positions, full, sparse)
+    check_call(q, k, v, positions, full, sparse)
+    if not (q.shape[0] and q.shape[2] and k.shape[2]):
+        # The empty sums keep the graph, so that gradients exist and are 0.
+        zeros = q[..., :0].sum(-1) + k[..., :0].sum() + v[..., :0].sum() + gate[:0].sum().to(q.dtype)
+        return zeros.unsqueeze(-1).expand(*q.shape[:3], v.shape[-1])
     request = AttentionRequest.of("mixed_attention", q, sparse, positions=positions, v=v, full=full)
-    return select_backend(request).backend.mixed_attention(
+    compute = select_backend(request).backend.mixed_attention
+    assert compute is not None, "a backend without the operator refuses it"
+    return compute(
         q,
         k,
         v,
@@ -76,27 +76,3 @@ def mixed_attention(
         skip_saturated=skip_saturated,
         deterministic=deterministic,
     )
-
-
-def _traced(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    full: AttentionLayout,
-    sparse: AttentionLayout,
-    positions: TokenPositions | TracedPositions | None,
-    scale: float,
-    skip_saturated: bool,
-    deterministic: bool,
-) -> Tensor:
-    """The blend of two operators; which heads they leave out is decided when the graph runs."""
-    z = gate.detach()
-    branches = (full, z > 0), (sparse, z < 1)
-    outs = [
-        traced_attention(
-            q, k, v, layout, positions, None, scale, deterministic, heads=heads if skip_saturated else None
-        )[0]
-        for layout, heads in branches
-    ]
-    return blend(gate, *outs).to(q.dtype)

@@ -7,24 +7,25 @@ from torch import Tensor
 
 from sparse_hf_kernels.layout import AttentionLayout
 from sparse_hf_kernels.positions import TokenPositions
+from sparse_hf_kernels.selection import BlockSelection
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, *layouts: AttentionLayout) -> None:
     """Raises ValueError unless q, k, v and the layouts fit together."""
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    of_q, of_k, of_v = q.shape, k.shape, v.shape  # each look at a tensor's shape makes it anew
+    if len(of_q) != 4 or len(of_k) != 4 or len(of_v) != 4:
         raise ValueError(
-            f"q, k, v must be [batch, heads, length, head_dim], "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q, k, v must be [batch, heads, length, head_dim], got {tuple(of_q)}, {tuple(of_k)}, {tuple(of_v)}"
         )
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if of_k[:3] != of_v[:3] or of_q[0] != of_k[0] or of_q[3] != of_k[3]:
         raise ValueError(
-            f"batch, key length and head_dim must agree, got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            f"batch, key length and head_dim must agree, got q {tuple(of_q)}, k {tuple(of_k)}, v {tuple(of_v)}"
         )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads cannot be shared out over {k.shape[1]} KV heads")
+    if of_q[1] % of_k[1]:
+        raise ValueError(f"{of_q[1]} query heads cannot be shared out over {of_k[1]} KV heads")
     for layout in layouts:
-        if layout.num_kv_heads != k.shape[1]:
-            raise ValueError(f"the layout describes {layout.num_kv_heads} KV heads, k has {k.shape[1]}")
+        if layout.num_kv_heads != of_k[1]:
+            raise ValueError(f"the layout describes {layout.num_kv_heads} KV heads, k has {of_k[1]}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()) or not (q.device == k.device == v.device):
         raise ValueError(
             f"q, k, v must share one floating dtype and one device, got {q.dtype}, {k.dtype}, {v.dtype} "
@@ -41,12 +42,43 @@ def check_positions(q: Tensor, k: Tensor, positions: TokenPositions, *layouts: A
                 f"{name}_positions must be [{q.shape[0]} or 1, {x.shape[2]}], got {(batch, length)}; "
                 "positions describe each query and each key of the call"
             )
-    longest = min((p.blocks.max_seq_len for x in layouts for p in x.patterns if p.blocks is not None), default=None)
+    limits = [p.blocks.max_seq_len for x in layouts for p, _ in x.groups if p.blocks is not None]
+    longest = min((limit for limit in limits if limit is not None), default=None)
     # Positions, not lengths: packing and padding make the tensors longer than a sequence, eviction shorter.
     if longest is not None and positions.max_seq_len > longest:
         raise ValueError(
             f"the explicit pattern covers {longest} tokens, got a sequence of {positions.max_seq_len}; "
             "give a pattern with more block rows"
+        )
+
+
+def check_selection(
+    q: Tensor, positions: TokenPositions, layout: AttentionLayout, selection: BlockSelection | None
+) -> None:
+    """Raises ValueError unless a selection is given where the layout asks for one, and fits the call."""
+    if (selection is not None) != layout.selects:
+        raise ValueError(
+            "a layout with selected patterns needs a selection and another takes none, got "
+            f"{'no selection' if selection is None else 'a selection without a head to read it'}"
+        )
+    if selection is None:
+        return
+    if positions.offset is None or positions.k_offset:
+        raise ValueError(
+            "selected patterns serve one unpadded sequence per batch row, all of one length; got positions of padded "
+            "or packed rows, or of a cache that dropped keys: call once per sequence"
+        )
+    size = selection.block_size
+    blocks = -(-(positions.offset + positions.q_len) // size) - positions.offset // size
+    if selection.counts.shape != (q.shape[0], q.shape[1], blocks) or selection.counts.device != q.device:
+        raise ValueError(
+            f"the selection's counts must be [{q.shape[0]}, {q.shape[1]}, {blocks}] on {q.device}, got "
+            f"{tuple(selection.counts.shape)} on {selection.counts.device}"
+        )
+    if layout.max_distance < positions.offset + positions.q_len:
+        raise ValueError(
+            f"selected patterns know no sliding window of the model's own, got max_distance {layout.max_distance} and "
+            f"{positions.offset + positions.q_len} tokens; use a static method in such layers"
         )
 
 

@@ -30,7 +30,7 @@ WHERE = (
 )
 """The operators' arguments for positions: `traced.PositionArguments`."""
 NUM_WHERE = 7
-CALL = f"SymInt layout, {WHERE}, Tensor? heads, float scale, bool deterministic"
+CALL = f"SymInt layout, {WHERE}, float scale, bool deterministic"
 # A CUDA graph would replay what was decided while it was recorded: the backend, and the tiles of those positions.
 TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -44,16 +44,10 @@ def traced_attention(
     q_offset: int | None,
     scale: float,
     deterministic: bool,
-    heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the operator to the graph that is being traced.
-
-    Args:
-        q, k, v, layout, positions, q_offset, scale, deterministic: as in `sparse_attention`.
-        heads: boolean `[num_kv_heads]`, those to compute; others give output 0, LSE -inf and gradients 0.
-    """
+    """Adds the operator to the graph that is being traced; arguments as in `sparse_attention`."""
     where = position_arguments(positions, q_offset)
-    return attention_op(q, k, v, traced_key(layout), *where, heads, scale, deterministic)
+    return attention_op(q, k, v, traced_key(layout), *where, scale, deterministic)
 
 
 @torch.library.custom_op(
@@ -64,23 +58,14 @@ def traced_attention(
 )
 @torch.no_grad()
 def attention_op(q: Tensor, k: Tensor, v: Tensor, layout: int, *call: Any) -> tuple[Tensor, Tensor]:
-    """`sparse_attention` of some KV heads; see `traced_attention`."""
-    where, (heads, scale, deterministic) = call[:NUM_WHERE], call[NUM_WHERE:]
+    """`sparse_attention`; see `traced_attention`."""
+    where, (scale, deterministic) = call[:NUM_WHERE], call[NUM_WHERE:]
     known = layout_of(layout)
     check_inputs(q, k, v, known)
     positions = restored_positions(q, k, where)
-    picked = _Picked.of(heads, q, k)
-    if picked is None:
-        out, lse = attend(q, k, v, known, positions, scale, deterministic)
-        return _in_memory_order(out), lse.contiguous()
-    new_out, new_lse = _new_results(q, v)
-    new_out.zero_()
-    new_lse.fill_(float("-inf"))
-    if picked.heads:
-        inputs = picked.queries(q), picked.keys(k), picked.keys(v)
-        out, lse = attend(*inputs, known.select(picked.heads), positions, scale, deterministic)
-        new_out[:, picked.rows], new_lse[:, picked.rows] = out, lse
-    return new_out, new_lse
+    out, lse = attend(q, k, v, known, positions, scale, deterministic)
+    assert lse is not None
+    return in_memory_order(out), lse.contiguous()
 
 
 @torch.library.custom_op(
@@ -103,29 +88,11 @@ def attention_backward_op(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    where, (heads, scale, deterministic) = call[:NUM_WHERE], call[NUM_WHERE:]
+    where, (scale, deterministic) = call[:NUM_WHERE], call[NUM_WHERE:]
     known, positions = layout_of(layout), restored_positions(q, k, where)
     options = {"positions": positions, "scale": scale, "deterministic": deterministic}
-    picked = _Picked.of(heads, q, k)
-    if picked is None:
-        grads = _backward(grad_out, grad_lse, q, k, v, out, lse, known, options)
-        return _in_memory_order(grads[0]), _in_memory_order(grads[1]), _in_memory_order(grads[2])
-    results = _new_like(q).zero_(), _new_like(k).zero_(), _new_like(v).zero_()
-    if picked.heads:
-        grads = _backward(
-            None if grad_out is None else picked.queries(grad_out),
-            None if grad_lse is None else picked.queries(grad_lse),
-            picked.queries(q),
-            picked.keys(k),
-            picked.keys(v),
-            picked.queries(out),
-            picked.queries(lse),
-            known.select(picked.heads),
-            options,
-        )
-        for result, grad, index in zip(results, grads, (picked.rows, picked.heads, picked.heads), strict=True):
-            result[:, index] = grad
-    return results
+    grads = _backward(grad_out, grad_lse, q, k, v, out, lse, known, options)
+    return in_memory_order(grads[0]), in_memory_order(grads[1]), in_memory_order(grads[2])
 
 
 def _backward(
@@ -146,51 +113,31 @@ def _backward(
     return compute(grad_out, grad_lse, q, k, v, out, lse, layout, **options)
 
 
-class _Picked:
-    """Some KV heads with their query heads."""
-
-    def __init__(self, heads: list[int], group: int) -> None:
-        self.heads = heads
-        self.rows = [head * group + g for head in heads for g in range(group)]
-
-    @classmethod
-    def of(cls, heads: Tensor | None, q: Tensor, k: Tensor) -> _Picked | None:
-        """None when it is all of them; otherwise reads the flags from the device."""
-        flags = [] if heads is None else heads.tolist()
-        return None if all(flags) else cls([n for n, flag in enumerate(flags) if flag], q.shape[1] // k.shape[1])
-
-    def queries(self, x: Tensor) -> Tensor:
-        return x[:, self.rows]
-
-    def keys(self, x: Tensor) -> Tensor:
-        return x[:, self.heads]
-
-
-def _new_like(x: Tensor) -> Tensor:
+def new_like(x: Tensor) -> Tensor:
     """Uninitialised `[B, H, N, D]` in `[B, N, H, D]` memory, as fused kernels return it: graphs rely on strides."""
     batch, heads, length, head_dim = x.shape
     return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _new_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def new_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
+def in_memory_order(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @attention_op.register_fake
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, layout: int, *call: Any) -> tuple[Tensor, Tensor]:
-    return _new_results(q, v)
+    return new_results(q, v)
 
 
 @attention_backward_op.register_fake
 def _attention_backward_fake(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_like(q), _new_like(k), _new_like(v)
+    return new_like(q), new_like(k), new_like(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

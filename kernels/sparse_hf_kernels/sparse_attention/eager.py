@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from sparse_hf_kernels.dispatch import AttentionRequest, select_backend
 from sparse_hf_kernels.layout import AttentionLayout
 from sparse_hf_kernels.positions import TokenPositions
-from sparse_hf_kernels.sparse_attention.checks import check_positions
+from sparse_hf_kernels.selection import BlockSelection
+from sparse_hf_kernels.sparse_attention.checks import check_positions, check_selection
 
 
 def attend(
@@ -18,14 +21,29 @@ def attend(
     positions: TokenPositions,
     scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by the backend that dispatch picks."""
+    selection: BlockSelection | None = None,
+    needs_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp, by the backend that dispatch picks; the latter may be None unless it is needed."""
     check_positions(q, k, positions, layout)
+    check_selection(q, positions, layout, selection)
     if not (q.shape[0] and q.shape[2] and k.shape[2]):
         return _no_pairs(q, k, v)
-    request = AttentionRequest.of("sparse_attention", q, layout, positions=positions, v=v)
+    request = AttentionRequest.of(
+        "sparse_attention",
+        q,
+        layout,
+        positions=positions,
+        v=v,
+        selection=selection,
+        needs_lse=needs_lse,
+        deterministic=deterministic,
+    )
     backend = select_backend(request).backend
-    return backend.sparse_attention(q, k, v, layout, positions=positions, scale=scale, deterministic=deterministic)
+    options: dict[str, Any] = {} if selection is None else {"selection": selection}
+    return backend.sparse_attention(
+        q, k, v, layout, positions=positions, scale=scale, deterministic=deterministic, **options
+    )
 
 
 def _no_pairs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

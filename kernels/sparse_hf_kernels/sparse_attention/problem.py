@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sparse_hf_kernels.layout import AttentionLayout
+from sparse_hf_kernels.selection import BlockSelection
 from sparse_hf_kernels.tiles import RowGeometry
 
 
@@ -20,12 +21,35 @@ class AttentionProblem:
         geometry: where rows and keys stand, on the device of the tensors.
         scale: factor on the scores.
         deterministic: the backward pass gives the same bits in every run.
+        selection: the blocks that selected patterns read; it has no columns here.
     """
 
     layout: AttentionLayout
     geometry: RowGeometry
     scale: float
     deterministic: bool
+    selection: BlockSelection | None = None
+
+
+class QuerySums(Protocol):
+    """dQ of several backward passes over the same queries, added up before it is rounded."""
+
+    def add(
+        self,
+        grad_out: Tensor,
+        delta: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        problem: AttentionProblem,
+    ) -> tuple[Tensor, Tensor]:
+        """As `AttentionKernels.backward`, with dQ added to the sums; the scale must be that of the first pass."""
+        ...
+
+    def total(self) -> Tensor:
+        """dQ, like q."""
+        ...
 
 
 class AttentionKernels(Protocol):
@@ -46,4 +70,8 @@ class AttentionKernels(Protocol):
         problem: AttentionProblem,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v. `delta [batch, num_heads, q_len]` is rowsum(grad_out * out) - grad of the LSE, fp32."""
+        ...
+
+    def query_sums(self, q: Tensor, problem: AttentionProblem) -> QuerySums | None:
+        """Zero sums for several passes over q, or None if `backward` has no sums to share."""
         ...

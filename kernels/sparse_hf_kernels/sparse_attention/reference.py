@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_hf_kernels.layout import AttentionLayout, HeadPattern
 from sparse_hf_kernels.positions import TokenPositions
+from sparse_hf_kernels.selection import BlockSelection
 
 MASK_VALUE = -1e9
 """Finite stand-in for -inf: exp(MASK_VALUE - max) is exactly 0 in fp32 and no NaN can arise."""
@@ -26,6 +27,7 @@ def sparse_attention_reference(
     positions: TokenPositions,
     scale: float,
     deterministic: bool = False,
+    selection: BlockSelection | None = None,
     mask_value: float = MASK_VALUE,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the keys that the layout keeps.
@@ -37,6 +39,7 @@ def sparse_attention_reference(
         positions: where the tokens stand.
         scale: factor on the scores.
         deterministic: changes nothing; no gradient is summed in an order that may vary.
+        selection: what the heads of selected patterns read.
         mask_value: finite value of masked scores.
 
     Returns:
@@ -53,9 +56,8 @@ def sparse_attention_reference(
         for pattern, heads in layout.groups:
             # A group of all heads needs no gather.
             pick = slice(None) if len(heads) == num_kv_heads else list(heads)
-            out, lse = _attend_group(
-                grouped[:, pick], k[:, pick], v[:, pick], layout, pattern, positions, scale, mask_value
-            )
+            allowed = AllowedKeys(layout, pattern, heads, positions, selection, num_heads // num_kv_heads)
+            out, lse = _attend_group(grouped[:, pick], k[:, pick], v[:, pick], allowed, scale, mask_value)
             for n, head in enumerate(heads):
                 outs[head], lses[head] = out[:, n], lse[:, n]
     out = torch.stack([x for x in outs if x is not None], 1).reshape(batch, num_heads, q_len, v.shape[-1])
@@ -63,13 +65,45 @@ def sparse_attention_reference(
     return out.to(q.dtype), lse
 
 
+class AllowedKeys:
+    """What the heads of a pattern may read, a chunk of query rows at a time."""
+
+    def __init__(
+        self,
+        layout: AttentionLayout,
+        pattern: HeadPattern,
+        heads: tuple[int, ...],
+        positions: TokenPositions,
+        selection: BlockSelection | None,
+        group: int,
+    ) -> None:
+        self.layout, self.pattern, self.positions, self.group = layout, pattern, positions, group
+        self.selection = (
+            selection.select([h * group + g for h in heads for g in range(group)])
+            if (pattern.selected and selection is not None)
+            else None
+        )
+
+    def of(self, rows: slice) -> Tensor:
+        """Boolean `[B or 1, heads or 1, group or 1, rows, kv_len]`."""
+        positions = self.positions
+        q, k = positions.q_positions[:, rows, None], positions.k_positions[:, None, :]
+        visible = positions.visible(rows)
+        last = k.expand_as(visible).masked_fill(~visible, -1).amax(-1, keepdim=True) if visible.shape[-1] else None
+        allowed = (visible & self.layout.allowed(self.pattern, q, k, last))[:, None, None]
+        if self.selection is None:
+            return allowed
+        assert positions.offset is not None
+        rows = slice(rows.start, min(rows.stop, positions.q_len))
+        chosen = self.selection.keeps(rows, positions.offset, positions.kv_len)
+        return allowed & chosen.unflatten(1, (-1, self.group))
+
+
 def _attend_group(
     q: Tensor,  # [B, H, G, Q, D]
     k: Tensor,  # [B, H, K, D]
     v: Tensor,
-    layout: AttentionLayout,
-    pattern: HeadPattern,
-    positions: TokenPositions,
+    allowed_keys: AllowedKeys,
     scale: float,
     mask_value: float,
 ) -> tuple[Tensor, Tensor]:
@@ -77,16 +111,14 @@ def _attend_group(
     outs, lses = [], []
     for start in range(0, q.shape[3], QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
-        allowed = positions.visible(rows) & layout.allowed(
-            pattern, positions.q_positions[:, rows, None], positions.k_positions[:, None, :]
-        )
-        columns = allowed.any(0).any(0).nonzero().flatten()
-        empty = positions.k_positions.index_select(1, columns) < 0
+        allowed = allowed_keys.of(rows)
+        columns = allowed.flatten(0, 3).any(0).nonzero().flatten()
+        empty = allowed_keys.positions.k_positions.index_select(1, columns) < 0
         out, lse = _softmax_attention(
             q[:, :, :, rows].float(),
             _filled(_take(k, columns, 2), empty).float(),
             _filled(_take(v, columns, 2), empty).float(),
-            allowed.index_select(2, columns)[:, None, None],
+            allowed.index_select(4, columns),
             scale,
             mask_value,
         )
@@ -113,14 +145,14 @@ def _filled(x: Tensor, empty: Tensor) -> Tensor:
 def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, mask_value: float
 ) -> tuple[Tensor, Tensor]:
-    """q `[B, H, G, R, D]`, k, v `[B, H, C, D]`, allowed `[B or 1, 1, 1, R, C]`; all fp32."""
+    """q `[B, H, G, R, D]`, k, v `[B, H, C, D]`, allowed `[B or 1, H or 1, G or 1, R, C]`; all fp32."""
     if k.shape[2] == 0:
         # `* 0` and the empty sums keep the graph, so that gradients exist and are 0.
         zeros = q[..., :1].expand(*q.shape[:-1], v.shape[-1]) * 0 + k.sum() + v.sum()
         return zeros, q.new_full(q.shape[:-1], float("-inf"))
     # In place where autograd does not look back: the score matrix is the only large thing here.
     scores = torch.matmul(q * scale, k.unsqueeze(2).transpose(-1, -2)).masked_fill_(~allowed, mask_value)
-    has_key = allowed.any(-1)  # [B, 1, 1, R]
+    has_key = allowed.any(-1)  # [B, H, G, R]
     largest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - largest).exp_()
     total = weights.sum(-1)

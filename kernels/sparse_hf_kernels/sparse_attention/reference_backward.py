@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels.layout import AttentionLayout, HeadPattern
+from sparse_hf_kernels.layout import AttentionLayout
 from sparse_hf_kernels.positions import TokenPositions
-from sparse_hf_kernels.sparse_attention.reference import QUERY_CHUNK
+from sparse_hf_kernels.selection import BlockSelection
+from sparse_hf_kernels.sparse_attention.reference import QUERY_CHUNK, AllowedKeys
 
 
 def sparse_attention_backward_reference(
@@ -26,6 +27,7 @@ def sparse_attention_backward_reference(
     positions: TokenPositions,
     scale: float,
     deterministic: bool = False,
+    selection: BlockSelection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the same bits in every run, whatever `deterministic` asks for.
 
@@ -33,7 +35,7 @@ def sparse_attention_backward_reference(
         grad_out: like out, or None for 0.
         grad_lse: like lse, or None for 0; it means nothing in rows without key.
         q, k, v, out, lse: inputs and results of `sparse_attention_reference`.
-        layout, positions, scale: as there.
+        layout, positions, scale, selection: as there.
     """
     batch, num_heads, q_len, head_dim = q.shape
     shape = (batch, k.shape[1], num_heads // k.shape[1], q_len)
@@ -54,21 +56,15 @@ def sparse_attention_backward_reference(
         for pattern, heads in layout.groups:
             pick = list(heads)
             keys, values = (x[:, pick].float().masked_fill(empty, 0) for x in (k, v))
+            allowed = AllowedKeys(layout, pattern, heads, positions, selection, num_heads // k.shape[1])
             for start in range(0, q_len, QUERY_CHUNK):
                 chunk = slice(start, start + QUERY_CHUNK)
                 part = {name: x[:, pick, :, chunk] for name, x in rows.items()}
-                allowed = _allowed(layout, pattern, positions, chunk)
-                grads = _chunk_gradients(part, keys, values, allowed, scale)
+                grads = _chunk_gradients(part, keys, values, allowed.of(chunk), scale)
                 grad_q[:, pick, :, chunk] = grads[0]
                 grad_k[:, pick] += grads[1]
                 grad_v[:, pick] += grads[2]
     return grad_q.reshape(q.shape).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def _allowed(layout: AttentionLayout, pattern: HeadPattern, positions: TokenPositions, rows: slice) -> Tensor:
-    """Boolean `[B or 1, 1, 1, R, K]`."""
-    q, k = positions.q_positions[:, rows, None], positions.k_positions[:, None, :]
-    return (positions.visible(rows) & layout.allowed(pattern, q, k))[:, None, None]
 
 
 def _chunk_gradients(

@@ -45,6 +45,8 @@ def row_ranges(
         near = first
     if layout.num_dense_rows:
         near = torch.where(pos - start < layout.num_dense_rows, first, near)
+    if pattern.num_last_tokens:
+        near = torch.where(pos >= seq_end - pattern.num_last_tokens, first, near)
     if layout.causal:
         end = pos + 1
     else:

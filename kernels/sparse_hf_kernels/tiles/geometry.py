@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_hf_kernels.capture import may_read
 from sparse_hf_kernels.positions import TokenPositions
 
 EMPTY_ROW = -1
@@ -67,11 +68,11 @@ class RowGeometry:
             return cls(
                 q_len=q_len, kv_len=kv_len, offset=positions.offset - positions.k_offset, start=-positions.k_offset
             )
-        slotted = _in_slots(positions)
-        # A capture cannot wait for the flag, and reading coordinates is right for every batch.
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if not capturing and bool(slotted[1]):
-            return slotted[0]
+        if may_read():
+            slotted, is_right = _in_slots(positions)
+            if bool(is_right):
+                return slotted
+        # Reading coordinates is right for every batch.
         return _in_coordinates(positions)
 
     def to(self, device: torch.device) -> RowGeometry:
@@ -148,18 +149,33 @@ def _in_coordinates(positions: TokenPositions) -> RowGeometry:
         )
         return _geometry(positions, q_pos, q_pos, start, end, k_pos)
     batch = max(len(q_pos), len(k_pos))
-    q_segments = positions.q_segments.clamp_min(0).expand(batch, -1)
-    k_segments = positions.k_segments.clamp_min(0).expand(batch, -1)
-    k_pos = k_pos.expand(batch, -1)
+    k_pos, kv_len = k_pos.expand(batch, -1), k_pos.shape[1]
+    q_segments, k_segments = _numbered(positions.q_segments, positions.k_segments, batch)
     # Sequences follow each other in memory, so a sequence's first slot keeps its coordinates clear of the next one's.
-    count = int(torch.maximum(q_segments.amax(), k_segments.amax())) + 1
-    slots = torch.arange(k_pos.shape[1], device=k_pos.device).expand_as(k_pos)
-    slots = slots.masked_fill(k_pos < 0, k_pos.shape[1])
-    base = torch.full((batch, count), k_pos.shape[1], device=k_pos.device).scatter_reduce(1, k_segments, slots, "amin")
+    slots = torch.arange(kv_len, device=k_pos.device).expand_as(k_pos)
+    slots = slots.masked_fill(k_pos < 0, kv_len)
+    base = torch.full((batch, kv_len + 1), kv_len, device=k_pos.device).scatter_reduce(1, k_segments, slots, "amin")
     keys = torch.where(k_pos >= 0, k_pos + base.gather(1, k_segments), -1)
     ends = torch.zeros_like(base).scatter_reduce(1, k_segments, keys + 1, "amax")
     start = base.gather(1, q_segments)
     return _geometry(positions, q_pos.expand(batch, -1), q_pos + start, start, ends.gather(1, q_segments), keys)
+
+
+def _numbered(q_segments: Tensor, k_segments: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Segments by numbers below the number of keys, which is that of queries whose segment has no key.
+
+    The segments' own numbers have no bound that is known without reading them.
+    """
+    q_segments, k_segments = (x.expand(batch, -1).contiguous() for x in (q_segments, k_segments))
+    kv_len = k_segments.shape[1]
+    ascending = k_segments.sort(-1).values
+
+    def number(segments: Tensor) -> Tensor:
+        first = torch.searchsorted(ascending, segments)
+        exists = ascending.gather(1, first.clamp_max(kv_len - 1)) == segments
+        return torch.where(exists, first, kv_len)
+
+    return number(q_segments), number(k_segments)
 
 
 def _geometry(

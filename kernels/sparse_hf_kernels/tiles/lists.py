@@ -1,4 +1,4 @@
-"""Explicit block lists as lists of tiles, full ones first, for both directions."""
+"""Block patterns, and windows with dense last rows, as lists of tiles, full ones first, for both directions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_hf_kernels.layout import AttentionLayout, BlockList, HeadPattern
-from sparse_hf_kernels.tiles.bounds import TileBounds
+from sparse_hf_kernels.blocks import BlockRule
+from sparse_hf_kernels.layout import AttentionLayout, HeadPattern
+from sparse_hf_kernels.tiles.bounds import TileBounds, row_ranges
 from sparse_hf_kernels.tiles.geometry import RowGeometry
 
 
@@ -18,8 +19,8 @@ class TileLists:
     """For each tile the blocks that it visits, in compressed sparse rows.
 
     Args:
-        row_ptr: int64 `[num_tiles]` offsets into `indices`.
-        num_full, num_blocks: int64 `[num_tiles]`; the first `num_full` of a tile's `num_blocks` need no mask.
+        row_ptr: int64 `[batch or 1, num_tiles]` offsets into `indices`.
+        num_full, num_blocks: int64, same shape; the first `num_full` of a tile's `num_blocks` need no mask.
         indices: int32 `[entries]`.
         exact: no block needs the element-wise look-up: block borders are tile borders.
     """
@@ -50,23 +51,59 @@ def tile_lists(
     if not geometry.is_closed_form or geometry.start != 0:
         raise ValueError("block lists become tile lists only for unpadded sequences that begin at position 0")
     visited, full, exact = _tile_status(pattern.blocks, layout, bounds, geometry, tile_m, tile_n)
+    return _listed(visited[None], full[None], transposed, exact)
+
+
+def last_row_lists(
+    pattern: HeadPattern, layout: AttentionLayout, geometry: RowGeometry, tile_m: int, tile_n: int, *, transposed: bool
+) -> TileLists:
+    """The same for a window whose last rows are dense: what tiles read is then no range that moves on with them.
+
+    Key coordinates must be slots.
+    """
+    q_len = geometry.q_len
+    if geometry.q_pos is None or geometry.q_start is None or geometry.q_end is None:
+        pos = torch.arange(q_len)[None] + geometry.offset
+        start, end = torch.full_like(pos, geometry.start), torch.full_like(pos, geometry.kv_len)
+    else:
+        pos, start, end = geometry.q_pos.long(), geometry.q_start.long(), geometry.q_end.long()
+    rows, pad = row_ranges(pattern, layout, start, pos, end), -q_len % tile_m
+    token = F.pad(pos >= start, (0, pad)).unflatten(1, (-1, tile_m))
+
+    def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the tokens of each tile, `[batch or 1, num_tiles, 1]`; tiles without any read nothing."""
+        x = F.pad(x, (0, pad)).unflatten(1, (-1, tile_m))
+        return x.masked_fill(~token, 2**40).amin(-1, keepdim=True), x.masked_fill(~token, -1).amax(-1, keepdim=True)
+
+    (first_min, first_max), (near_min, near_max) = extremes(rows.first), extremes(rows.near)
+    (end_min, end_max), (sink_min, sink_max) = extremes(rows.end), extremes(rows.sink_end)
+    begin = torch.arange(0, geometry.kv_len, tile_n, device=pos.device)
+    stop = begin + tile_n
+    near = (begin < end_max) & (stop > near_min)
+    sinks = (begin < torch.minimum(sink_max, end_max)) & (stop > first_min)
+    full = (begin >= near_max) & (stop <= end_min)
+    full = full | ((begin >= first_max) & (stop <= torch.minimum(sink_min, end_min)))
+    return _listed(near | sinks, full & (stop <= geometry.kv_len), transposed, exact=True)
+
+
+def _listed(visited: Tensor, full: Tensor, transposed: bool, exact: bool) -> TileLists:
+    """Of boolean `[batch or 1, query tiles, KV tiles]`: the full ones of each tile first, each kind ascending."""
     if transposed:
-        visited, full = visited.T, full.T
-    order = (torch.arange(visited.shape[1]) + visited.shape[1] * (~full)).masked_fill(~visited, 2**40)
-    order = order.sort(-1).values  # full ones first, each kind ascending
-    counts = visited.sum(-1)
-    indices = order[order < 2**40] % visited.shape[1]
+        visited, full = visited.transpose(1, 2), full.transpose(1, 2)
+    counts, full = visited.sum(-1), visited & full
+    kinds = [kind.flatten(0, 1).nonzero() for kind in (full, visited & ~full)]
+    tile, block = torch.cat(kinds).unbind(-1)
     return TileLists(
-        row_ptr=counts.cumsum(0) - counts,
-        num_full=(visited & full).sum(-1),
+        row_ptr=(counts.flatten().cumsum(0) - counts.flatten()).view_as(counts),
+        num_full=full.sum(-1),
         num_blocks=counts,
-        indices=indices.to(torch.int32),
+        indices=block[tile.argsort(stable=True)].to(torch.int32),
         exact=exact,
     )
 
 
 def _tile_status(
-    blocks: BlockList, layout: AttentionLayout, bounds: TileBounds, geometry: RowGeometry, tile_m: int, tile_n: int
+    blocks: BlockRule, layout: AttentionLayout, bounds: TileBounds, geometry: RowGeometry, tile_m: int, tile_n: int
 ) -> tuple[Tensor, Tensor, bool]:
     """Which (query tile, KV tile) pairs are visited, which of them are full, and whether tiles never cut a block."""
     size, offset = blocks.block_size, geometry.offset
@@ -75,7 +112,8 @@ def _tile_status(
     begin = torch.arange(0, geometry.kv_len, tile_n)
     end = (begin + tile_n).clamp_max(geometry.kv_len)
     # Blocks that are on within each rectangle of blocks, by a two-dimensional running sum.
-    total = F.pad(blocks.mask.to(torch.int64).cumsum(0).cumsum(1), (1, 0, 1, 0))
+    num_blocks = -(-max(geometry.kv_len, geometry.q_len + offset) // size)
+    total = F.pad(blocks.block_mask(num_blocks).to(torch.int64).cumsum(0).cumsum(1), (1, 0, 1, 0))
     above, below = (first_row // size)[:, None], (last_row // size + 1)[:, None]
     left, right = (begin // size)[None], ((end - 1) // size + 1)[None]
     num_on = total[below, right] - total[above, right] - total[below, left] + total[above, left]

@@ -11,6 +11,9 @@ L2_BYTES = 32 * 2**20
 PARTIAL_COST, TILE_COST = 11, 13
 """A masked block, and a tile's start and end, in tenths of a full block."""
 
+SELECTED_SHARE = 0.2
+"""Of a dense head's work, what a selected one is taken to have."""
+
 MIN_PART = 32
 """Steps in a part at least: its result takes a write and a read of fp32 sums."""
 
@@ -34,8 +37,7 @@ def launch_order(rows: Tensor, pattern_of_head: Tensor, *, batch: int, group: in
     """
     num_patterns, table_batch, num_tiles, _ = rows.shape
     num_kv_heads, device = len(pattern_of_head), rows.device
-    num_full, num_blocks = rows[..., 3], rows[..., 7]
-    cost = 10 * num_full + PARTIAL_COST * (num_blocks - num_full) + TILE_COST  # [patterns, batch or 1, num_tiles]
+    cost = _cost(rows)  # [patterns, batch or 1, num_tiles]
     row = torch.arange(num_patterns * table_batch * num_tiles, device=device).view(cost.shape)
     cost, row = (x[pattern_of_head].transpose(0, 1).expand(batch, -1, -1).flatten(0, 1) for x in (cost, row))
     units = batch * num_kv_heads
@@ -52,7 +54,45 @@ def launch_order(rows: Tensor, pattern_of_head: Tensor, *, batch: int, group: in
     return torch.stack((row[order], head[order]), -1).to(torch.int32)
 
 
-def cut(rows: Tensor, schedule: Tensor, group: int, num_programs: int) -> tuple[Tensor, Tensor, int]:
+def _cost(rows: Tensor) -> Tensor:
+    num_full, num_blocks = rows[..., 3], rows[..., 7]
+    return 10 * num_full + PARTIAL_COST * (num_blocks - num_full) + TILE_COST
+
+
+def order_of_heads(fixed: Tensor, pattern_of_head: Tensor, batch: int, *, transposed: bool) -> Tensor:
+    """The schedule of a table some of whose heads are selected per call: head after head, costly ones first.
+
+    How long a selected head's tiles are is known on the device alone. They go as those of a dense head would, after
+    the heads that cost more than `SELECTED_SHARE` of one.
+
+    Args:
+        fixed: `[patterns, num_tiles, ROW_INTS]`.
+        pattern_of_head: `[units, members]`: pattern of each head, -1 for selected ones. A tile belongs to a unit (a
+            query head, or a KV head when transposed) and walks the rows of all its members.
+        batch: rows of the batch.
+
+    Returns:
+        As `launch_order`; rows are numbered `[batch, units, members, num_tiles]`.
+    """
+    units, members = pattern_of_head.shape
+    if not transposed:
+        pattern_of_head, units, members = pattern_of_head.view(-1, 1), units * members, 1
+    num_tiles = fixed.shape[1]
+    dense = torch.arange(num_tiles, 0, -1) if transposed else torch.arange(1, num_tiles + 1)
+    cost = _cost(fixed.long())[pattern_of_head.clamp_min(0)]  # [units, members, num_tiles]
+    cost = torch.where((pattern_of_head < 0)[..., None], (10 * SELECTED_SHARE * dense).long() + TILE_COST, cost).sum(1)
+    cost = cost.repeat(batch, 1)
+    order = cost.sum(-1).argsort(descending=True, stable=True)
+    # Of equal ones the last comes first.
+    tile = num_tiles - 1 - cost[order].flip(-1).argsort(dim=-1, descending=True, stable=True)
+    head = order[:, None].expand_as(tile)
+    row = head * (members * num_tiles) + tile
+    return torch.stack((row.flatten(), head.flatten()), -1).to(torch.int32)
+
+
+def cut(
+    rows: Tensor, schedule: Tensor, group: int, num_programs: int, unknown: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
     """Cuts backward tiles that are longer than an even share of the work, so that no CTA outlasts the others.
 
     Args:
@@ -60,17 +100,23 @@ def cut(rows: Tensor, schedule: Tensor, group: int, num_programs: int) -> tuple[
         schedule: int32 `[num_tiles, 2]`.
         group: query heads per KV head, which walk the same row one after another.
         num_programs: CTAs that run at a time.
+        unknown: boolean `[num_tiles]`, those tiles of the schedule that the device alone knows the lengths of. Their
+            rows have upper bounds. The first of a head (sinks, which most queries read) are cut by these, whatever
+            comes of the parts; the others stay whole.
 
     Returns:
         The schedule int32 `[num_parts, 8]`, the cut tiles int32 `[cut tiles, 4]`, and the number of slots.
     """
+    tiles = rows[schedule[:, 0].long(), 0]
     steps = rows[schedule[:, 0].long(), 7].long()
+    whole = torch.zeros_like(steps, dtype=torch.bool) if unknown is None else unknown & (tiles > 0)
     work = steps * group
-    share = int(work.sum()) // num_programs + 1
+    # Of unknown ones the average may be far below the bound: SELECTED_SHARE of it.
+    share = int(torch.where(whole, (work * SELECTED_SHARE).long(), work).sum()) // num_programs + 1
     parts = torch.ones_like(work)
     if len(work) and int(work.max()) > share:
         size = max(MIN_PART, share // 2)
-        parts = torch.where(work > share, -(-work // size), 1).clamp_min(1)
+        parts = torch.where((work > share) & ~whole, -(-work // size), 1).clamp_min(1)
     which = torch.arange(len(work), device=work.device).repeat_interleave(parts)
     before = parts.cumsum(0) - parts
     part = torch.arange(len(which), device=work.device) - before[which]
@@ -88,6 +134,5 @@ def cut(rows: Tensor, schedule: Tensor, group: int, num_programs: int) -> tuple[
         last % steps_of + 1, slot, torch.zeros_like(slot),
     )  # fmt: skip
     cut_schedule = torch.cat([schedule[which], torch.stack(columns, -1).to(torch.int32)], -1).contiguous()
-    tiles = rows[schedule[:, 0].long(), 0]
     splits = torch.stack((tiles, schedule[:, 1], first_slot.to(torch.int32), parts.to(torch.int32)), -1)
     return cut_schedule, splits[is_cut].contiguous(), int(slots.sum())

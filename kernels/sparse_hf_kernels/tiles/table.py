@@ -11,10 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels.layout import AttentionLayout, HeadPattern
+from sparse_hf_kernels.layout import UNBOUNDED, AttentionLayout, HeadPattern
+from sparse_hf_kernels.selection import BlockSelection
 from sparse_hf_kernels.tiles.bounds import TileBounds, tile_bounds
 from sparse_hf_kernels.tiles.geometry import RowGeometry
-from sparse_hf_kernels.tiles.lists import tile_lists
+from sparse_hf_kernels.tiles.lists import TileLists, last_row_lists, tile_lists
 from sparse_hf_kernels.tiles.pieces import (
     NUM_PIECES,
     all_partial,
@@ -22,7 +23,8 @@ from sparse_hf_kernels.tiles.pieces import (
     every_block,
     forward_pieces,
 )
-from sparse_hf_kernels.tiles.schedule import cut, launch_order
+from sparse_hf_kernels.tiles.schedule import cut, launch_order, order_of_heads
+from sparse_hf_kernels.tiles.selected import SelectedLists, selected_rows
 
 ROW_INTS = 16
 """A row: tile, offset into the lists (-1: walk the pieces), 6 piece ends, 6 piece offsets, window, number of sinks."""
@@ -56,6 +58,8 @@ class TileTable:
         head_plane: int32 `[num_kv_heads]`: which plane of `look_up` masks a head, -1 for none.
         splits: int32 `[cut tiles, 4]`: tile, batch and KV head, first slot, number of parts; None if never cut.
         num_partials: number of slots.
+        has_last_rows: some rows have a negative window: it goes for all but the dense last rows, which kernels tell
+            apart. Where all or none of a tile's rows are such, its window says so.
         group_stride: backward tables: query head g of a group walks row `scheduled row + g * group_stride`.
     """
 
@@ -67,6 +71,7 @@ class TileTable:
     head_plane: Tensor | None = None
     splits: Tensor | None = None
     num_partials: int = 0
+    has_last_rows: bool = False
     group_stride: int = 0
 
     @property
@@ -101,12 +106,13 @@ def forward_table(
     num_heads: int,
     head_dim: int,
     device: torch.device,
+    selection: BlockSelection | None = None,
 ) -> TileTable:
     """One tile per batch row, query head and `shape.rows` queries; it visits blocks of `shape.columns` keys."""
     launch = _Launch(
         layout=layout, shape=shape, batch=batch, num_heads=num_heads, head_dim=head_dim, device=device, transposed=False
     )
-    return _kept(launch, geometry)
+    return _kept(launch, geometry) if selection is None else _build_selected(launch, geometry, selection)
 
 
 def backward_table(
@@ -119,23 +125,30 @@ def backward_table(
     head_dim: int,
     device: torch.device,
     num_programs: int | None = None,
+    selection: BlockSelection | None = None,
 ) -> TileTable:
     """One tile per batch row, KV head and `shape.columns` keys; it visits tiles of `shape.rows` queries.
 
     Every query head of the group walks the same tiles. With `num_programs`, the number of CTAs that run at a time,
-    tiles that would outlast the others (sinks, which every query reads) are cut in parts.
+    tiles that would outlast the others (sinks, which every query reads) are cut in parts, if their lengths are known
+    without a look at the device: not those of a selection.
     """
     launch = _Launch(
         layout=layout, shape=shape, batch=batch, num_heads=num_heads, head_dim=head_dim, device=device,
         transposed=True, num_programs=num_programs,
     )  # fmt: skip
-    return _kept(launch, geometry)
+    return _kept(launch, geometry) if selection is None else _build_selected(launch, geometry, selection)
 
 
 def _kept(launch: _Launch, geometry: RowGeometry) -> TileTable:
-    """The table, built once: by lengths in closed form, else with the geometry, which all layers of a pass share."""
+    """The table, built once: by lengths if they decide it (so that a CUDA graph's capture finds what a warm-up made),
+
+    else with the geometry, which all layers of a pass share.
+    """
     if geometry.is_closed_form:
         return _closed_form_table(launch, geometry.q_len, geometry.kv_len, geometry.offset, geometry.start)
+    if geometry.k_pos is not None and all(pattern.blocks is None for pattern, _ in launch.layout.groups):
+        return _coordinate_table(launch, geometry.q_len, geometry.kv_len)
     known = geometry.__dict__.setdefault("_tables", {})
     if launch not in known:
         known[launch] = _build(launch, geometry)
@@ -145,6 +158,13 @@ def _kept(launch: _Launch, geometry: RowGeometry) -> TileTable:
 @lru_cache(maxsize=128)
 def _closed_form_table(launch: _Launch, q_len: int, kv_len: int, offset: int, start: int) -> TileTable:
     return _build(launch, RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset, start=start))
+
+
+@lru_cache(maxsize=128)
+def _coordinate_table(launch: _Launch, q_len: int, kv_len: int) -> TileTable:
+    """Every tile visits every block, whatever the coordinates."""
+    unread = torch.empty(1, 0, dtype=torch.int32)
+    return _build(launch, RowGeometry(q_len=q_len, kv_len=kv_len, q_pos=unread, k_pos=unread))
 
 
 def _build(launch: _Launch, geometry: RowGeometry) -> TileTable:
@@ -165,12 +185,88 @@ def _build(launch: _Launch, geometry: RowGeometry) -> TileTable:
             group=1 if transposed else launch.group,
             shared_bytes=4 * launch.head_dim * shared_rows,
         ),
-        lists=torch.cat(patterns.lists or [torch.zeros(1, dtype=torch.int32)]).to(device),
+        lists=patterns.all_lists(device),
     )
     if launch.num_programs is not None:
         schedule, splits, num_partials = cut(table.rows, table.schedule, launch.group, launch.num_programs)
         table = replace(table, schedule=schedule, splits=splits, num_partials=num_partials)
-    return patterns.with_look_up(table)
+    return patterns.finish(table)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Frame:
+    """What the tables of one length share, whatever is selected.
+
+    Args:
+        fixed: int32 `[patterns, num_tiles, ROW_INTS]`, rows of the patterns that are not selected.
+        pattern_of_head: int32 `[num_heads]`: row of `fixed`, -1 for selected heads.
+        table: schedule, lists of the fixed patterns and masks; its rows are missing.
+        has_lists: some fixed pattern has lists.
+        others: boolean `[num_heads]`, the heads that are not selected; None if all are.
+    """
+
+    fixed: Tensor
+    pattern_of_head: Tensor
+    table: TileTable
+    has_lists: bool
+    others: Tensor | None
+
+
+def _build_selected(launch: _Launch, geometry: RowGeometry, selection: BlockSelection) -> TileTable:
+    """A table with a row for every batch row, query head and tile, since each head's selection is its own."""
+    frame = _frame(launch, geometry.q_len, geometry.kv_len, geometry.offset, selection.block_size)
+    chosen = SelectedLists.of(selection.expand(launch.batch), geometry, launch.transposed, frame.others)
+    tiles, lists = (launch.shape.rows, launch.shape.columns), frame.table.lists
+    flat = chosen.flat(*tiles)
+    base = len(lists) if frame.has_lists else 0
+    rows = selected_rows(chosen, frame.fixed, frame.pattern_of_head, geometry, *tiles, base)
+    return replace(frame.table, rows=rows, lists=torch.cat([lists, flat]) if frame.has_lists else flat)
+
+
+@lru_cache(maxsize=128)
+def _frame(launch: _Launch, q_len: int, kv_len: int, offset: int, block_size: int) -> _Frame:
+    layout, transposed, device = launch.layout, launch.transposed, launch.device
+    patterns = _Patterns(layout, RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset), launch.shape, transposed)
+    num_tiles = patterns.num_tiles
+    others = [(pattern, heads) for pattern, heads in layout.groups if not pattern.selected]
+    fixed = [patterns.rows(pattern)[0] for pattern, _ in others] or [torch.zeros(num_tiles, ROW_INTS)]
+    rows = torch.stack(fixed).to(torch.int32)
+    pattern_of_head = torch.full((layout.num_kv_heads,), -1)
+    for index, (_, heads) in enumerate(others):
+        pattern_of_head[list(heads)] = index
+    pattern_of_head = pattern_of_head.repeat_interleave(launch.group)
+    grouped = pattern_of_head.view(layout.num_kv_heads, -1)
+    table = TileTable(
+        rows=rows,
+        schedule=order_of_heads(rows, grouped, launch.batch, transposed=transposed).to(device),
+        lists=patterns.all_lists(device),
+        group_stride=num_tiles if transposed else 0,
+    )
+    if launch.num_programs is not None:
+        visitors = -(-q_len // block_size) * (block_size // launch.shape.rows)
+        table = _cut_selected(table, grouped[:, 0], launch, num_tiles, visitors)
+    return _Frame(
+        fixed=rows.to(device),
+        pattern_of_head=pattern_of_head.to(device, torch.int32),
+        table=patterns.finish(table),
+        has_lists=bool(patterns.lists),
+        others=(pattern_of_head >= 0).to(device) if others else None,
+    )
+
+
+def _cut_selected(
+    table: TileTable, pattern_of_head: Tensor, launch: _Launch, num_tiles: int, visitors: int
+) -> TileTable:
+    """The table with long tiles cut; of selected heads each may have as many as `visitors` steps."""
+    selected = (pattern_of_head < 0)[:, None]
+    bound = torch.zeros(num_tiles, ROW_INTS, dtype=torch.int32)
+    bound[:, 0], bound[:, 2:8] = torch.arange(num_tiles), visitors
+    steps = torch.where(selected[..., None], bound, table.rows[pattern_of_head.clamp_min(0)])
+    # One row per member of the group, as in the table itself.
+    rows = steps[None, :, None].expand(launch.batch, -1, launch.group, -1, -1).flatten(0, 3).to(table.schedule.device)
+    unknown = selected.repeat(launch.batch, 1).to(table.schedule.device)[table.schedule[:, 1].long(), 0]
+    schedule, splits, num_partials = cut(rows, table.schedule, launch.group, launch.num_programs or 1, unknown)
+    return replace(table, schedule=schedule, splits=splits, num_partials=num_partials)
 
 
 @dataclass
@@ -182,19 +278,32 @@ class _Patterns:
     shape: TileShape
     transposed: bool
     lists: list[Tensor] = field(default_factory=list)
+    has_last_rows: bool = False
     _cut: dict[HeadPattern, int] = field(default_factory=dict)
 
     @property
-    def _num_tiles(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, int]:
+        """Tiles of queries and of keys."""
         return -(-self.geometry.q_len // self.shape.rows), -(-self.geometry.kv_len // self.shape.columns)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of a head that have rows of the table."""
+        return self.grid[1 if self.transposed else 0]
 
     def rows(self, pattern: HeadPattern) -> Tensor:
         """int64 `[batch or 1, num_tiles, ROW_INTS]`."""
         if self.geometry.k_pos is not None:
-            num_tiles, num_blocks = reversed(self._num_tiles) if self.transposed else self._num_tiles
+            num_tiles, num_blocks = reversed(self.grid) if self.transposed else self.grid
             pieces = every_block(num_tiles, num_blocks)
             self._cuts(pattern)
             return self._assemble(pattern, pieces, torch.full(pieces.shape[:2], NO_LIST))
+        if pattern.num_last_tokens:
+            tiles = self.shape.rows, self.shape.columns
+            return self._listed(
+                pattern,
+                last_row_lists(pattern, self.layout, self.geometry, *tiles, transposed=self.transposed),
+            )
         bounds = tile_bounds(pattern, self.layout, self.geometry, self.shape.rows)
         if pattern.blocks is not None and self.geometry.is_closed_form and self.geometry.start == 0:
             return self._list_rows(pattern, bounds)
@@ -203,6 +312,10 @@ class _Patterns:
             self._cuts(pattern)
             pieces = all_partial(pieces)
         return self._assemble(pattern, pieces, torch.full(pieces.shape[:2], NO_LIST, device=pieces.device))
+
+    def all_lists(self, device: torch.device) -> Tensor:
+        """What the rows' offsets point into; one entry at least, for kernels want a pointer."""
+        return torch.cat(self.lists or [torch.zeros(1, dtype=torch.int32)]).to(device)
 
     def _pieces(self, bounds: TileBounds) -> Tensor:
         block, kv_len = self.shape.columns, self.geometry.kv_len
@@ -214,31 +327,58 @@ class _Patterns:
         )
         if not found.exact:
             self._cuts(pattern)
+        return self._listed(pattern, found)
+
+    def _listed(self, pattern: HeadPattern, found: TileLists) -> Tensor:
         base = sum(len(entries) for entries in self.lists)
         self.lists.append(found.indices)
         ends = torch.stack([found.num_full] * 2 + [found.num_blocks] * (NUM_PIECES - 2), -1)
-        pieces = torch.cat([ends, torch.zeros_like(ends)], -1)[None]
-        return self._assemble(pattern, pieces, (found.row_ptr + base)[None])
+        return self._assemble(pattern, torch.cat([ends, torch.zeros_like(ends)], -1), found.row_ptr + base)
 
     def _assemble(self, pattern: HeadPattern, pieces: Tensor, offset: Tensor) -> Tensor:
         tile = torch.arange(pieces.shape[1], device=pieces.device).expand(pieces.shape[:2])
         by_list = pattern.blocks is not None
         window = torch.full_like(tile, LARGEST_WINDOW if by_list else min(pattern.window, LARGEST_WINDOW))
+        if pattern.num_last_tokens:
+            window = self._last_row_windows(pattern, window)
+            self.has_last_rows = self.has_last_rows or bool((window < 0).any())
         sinks = torch.full_like(tile, 0 if by_list else min(pattern.num_sink_tokens, LARGEST_WINDOW))
         parts = (tile, offset.to(tile.device))
         return torch.cat([torch.stack(parts, -1), pieces, torch.stack((window, sinks), -1)], -1)
+
+    def _last_row_windows(self, pattern: HeadPattern, window: Tensor) -> Tensor:
+        """The windows of tiles: none for dense rows, negative where kernels have to look at each row."""
+        geometry, tile = self.geometry, self.shape.rows
+        if self.transposed or not geometry.is_closed_form:
+            return -window
+        first = torch.arange(window.shape[1], device=window.device) * tile
+        last = (first + tile).clamp_max(geometry.q_len) - 1
+        border = geometry.kv_len - pattern.num_last_tokens - geometry.offset
+        mixed = torch.where(first >= border, LARGEST_WINDOW, -window)
+        return torch.where(last < border, window, mixed)
 
     def _cuts(self, pattern: HeadPattern) -> None:
         """Notes that the blocks of this pattern need the element-wise mask."""
         if pattern.blocks is not None:
             self._cut.setdefault(pattern, len(self._cut))
 
-    def with_look_up(self, table: TileTable) -> TileTable:
-        """The table with the masks of those patterns whose blocks tiles cut.
+    def _longest(self) -> int:
+        """Tokens of the longest sequence, or more."""
+        geometry = self.geometry
+        if geometry.q_pos is not None and geometry.q_start is not None:
+            # A cache drops keys only where the model has a window of its own; else there is a slot for each position.
+            dropped = self.layout.max_distance < UNBOUNDED and geometry.q_len > 0
+            return max(geometry.kv_len, int((geometry.q_pos - geometry.q_start).max()) + 1 if dropped else 0)
+        return max(geometry.kv_len, geometry.offset + geometry.q_len) - geometry.start
+
+    def finish(self, table: TileTable) -> TileTable:
+        """The table with what its rows want of the kernels: the masks of those patterns whose blocks tiles cut.
 
         Raises:
             ValueError: if they differ in block size.
         """
+        if self.has_last_rows:
+            table = replace(table, has_last_rows=True)
         cut = [pattern.blocks for pattern in self._cut if pattern.blocks is not None]
         if not cut:
             return table
@@ -248,15 +388,13 @@ class _Patterns:
                 f"block lists of one layer must share their block size, got {sorted(sizes)}; "
                 "or use a block size that is a multiple of the kernel's tile"
             )
-        longest = max(blocks.num_rows for blocks in cut)
-        planes = torch.zeros(len(cut), longest, longest, dtype=torch.int8)
-        for plane, blocks in zip(planes, cut, strict=True):
-            plane[: blocks.num_rows, : blocks.num_rows] = blocks.mask
-        device = table.rows.device
+        size, device = sizes.pop(), table.rows.device
+        num_blocks = -(-self._longest() // size)
+        planes = torch.stack([blocks.block_mask(num_blocks) for blocks in cut]).to(torch.int8)
         heads = [self._cut.get(pattern, -1) for pattern in self.layout.patterns]
         return replace(
             table,
             look_up=planes.to(device),
-            look_up_size=sizes.pop(),
+            look_up_size=size,
             head_plane=torch.tensor(heads, dtype=torch.int32, device=device),
         )

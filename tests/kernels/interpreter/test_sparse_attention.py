@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,9 @@ def layouts(causal: bool) -> dict[str, AttentionLayout]:
     found["native window"] = AttentionLayout(patterns=(wide, exact), max_distance=30, causal=causal)
     if causal:
         found["dense rows"] = AttentionLayout(patterns=(streaming, exact), num_dense_rows=33)
+        last = HeadPattern(window=20, num_sink_tokens=3, num_last_tokens=21)
+        found["last rows"] = AttentionLayout(patterns=(last, exact))
+        found["last rows, tiles"] = AttentionLayout(patterns=(wide, replace(last, num_last_tokens=32)))
         found["dense rows, cut"] = AttentionLayout(patterns=(wide, cut), num_dense_rows=40, max_distance=60)
     return found
 
@@ -118,7 +123,8 @@ def reference_rows(layout: AttentionLayout, where: TokenPositions, q: Tensor) ->
     """Boolean `[batch, num_heads, q_len]`: rows that read some key."""
     i, j = where.q_positions[:, :, None], where.k_positions[:, None, :]
     visible = where.visible(slice(None))
-    rows = torch.stack([(visible & layout.allowed(p, i, j)).any(-1) for p in layout.patterns], 1)
+    last = j.expand_as(visible).masked_fill(~visible, -1).amax(-1, keepdim=True)
+    rows = torch.stack([(visible & layout.allowed(p, i, j, last)).any(-1) for p in layout.patterns], 1)
     return rows.repeat_interleave(q.shape[1] // layout.num_kv_heads, 1).expand(len(q), -1, -1)
 
 

@@ -91,9 +91,10 @@ def _lists_to_mask_kernel(counts_ptr, indices_ptr, mask_ptr, num_slots, num_cols
 
 @triton.jit(do_not_specialize=["num_rows", "num_cols"])
 def _transpose_kernel(
-    mask_ptr, counts_ptr, indices_ptr, num_rows, num_cols, BR: tl.constexpr, BC: tl.constexpr
+    mask_ptr, counts_ptr, indices_ptr, num_rows, num_cols, BR: tl.constexpr, BC: tl.constexpr,
+    DESCENDING: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (column tiles, batch * heads). Lists the rows of each column of mask [rows, cols], ascending."""
+    """Grid: (column tiles, batch * heads). Lists the rows of each column of mask [rows, cols], in order."""
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     pair = tl.program_id(1).to(tl.int64)
     inside = cols < num_cols
@@ -102,8 +103,11 @@ def _transpose_kernel(
     listed = tl.zeros([BC], tl.int32)
     for start in tl.range(0, num_rows, BR):
         rows = start + tl.arange(0, BR)
+        if DESCENDING:
+            rows = num_rows - 1 - rows
         pointers = mask_ptr + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
-        keep = tl.load(pointers, mask=(rows < num_rows)[:, None] & inside[None, :], other=0).to(tl.int32)
+        exists = (rows >= 0) & (rows < num_rows)
+        keep = tl.load(pointers, mask=exists[:, None] & inside[None, :], other=0).to(tl.int32)
         slots = listed[None, :] + tl.cumsum(keep, 0) - 1
         out = indices_ptr + lines[None, :] * num_rows + slots
         tl.store(out, tl.broadcast_to(rows[:, None], [BR, BC]), mask=keep != 0)

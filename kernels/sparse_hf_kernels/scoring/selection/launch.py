@@ -58,14 +58,16 @@ def mask_arguments(counts: Tensor, indices: Tensor, mask: Tensor) -> Launch:
     return (counts.numel(),), (counts, indices, mask, slots, mask.shape[-1]), options
 
 
-def transpose_arguments(mask: Tensor, counts: Tensor, indices: Tensor) -> Launch:
+def transpose_arguments(mask: Tensor, counts: Tensor, indices: Tensor, descending: bool = False) -> Launch:
     """Of `_transpose_kernel`; `counts` and `indices` are those of the columns."""
     batch, heads, num_rows, num_cols = mask.shape
-    options = {"BR": 64, "BC": 32, "num_warps": 4}
+    options = {"BR": 64, "BC": 32, "DESCENDING": descending, "num_warps": 4}
     return (triton.cdiv(num_cols, 32), batch * heads), (mask, counts, indices, num_rows, num_cols), options
 
 
-def transpose_lists_triton(counts: Tensor, indices: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
+def transpose_lists_triton(
+    counts: Tensor, indices: Tensor, num_kv_blocks: int, descending: bool
+) -> tuple[Tensor, Tensor]:
     """See `transpose_lists`."""
     batch, heads, num_rows = counts.shape
     mask = torch.zeros(batch, heads, num_rows, num_kv_blocks, device=counts.device, dtype=torch.int8)
@@ -73,6 +75,6 @@ def transpose_lists_triton(counts: Tensor, indices: Tensor, num_kv_blocks: int) 
     out_indices = counts.new_empty(batch, heads, num_kv_blocks, num_rows)
     grid, arguments, options = mask_arguments(counts.contiguous(), indices.contiguous(), mask)
     _lists_to_mask_kernel[grid](*arguments, **options)
-    grid, arguments, options = transpose_arguments(mask, out_counts, out_indices)
+    grid, arguments, options = transpose_arguments(mask, out_counts, out_indices, descending)
     _transpose_kernel[grid](*arguments, **options)
     return out_counts, out_indices

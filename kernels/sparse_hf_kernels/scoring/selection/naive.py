@@ -56,7 +56,9 @@ def select_top_k_naive(
     return _compact(torch.zeros_like(keep_sorted).scatter(-1, order, keep_sorted))
 
 
-def transpose_lists_naive(counts: Tensor, indices: Tensor, num_kv_blocks: int) -> tuple[Tensor, Tensor]:
+def transpose_lists_naive(
+    counts: Tensor, indices: Tensor, num_kv_blocks: int, descending: bool
+) -> tuple[Tensor, Tensor]:
     """See `transpose_lists`."""
     slots = torch.arange(indices.shape[-1], device=indices.device)
     listed = slots < counts[..., None]
@@ -64,4 +66,7 @@ def transpose_lists_naive(counts: Tensor, indices: Tensor, num_kv_blocks: int) -
     columns = torch.where(listed, indices, num_kv_blocks).long()
     mask = torch.zeros(*counts.shape, num_kv_blocks + 1, dtype=torch.bool, device=indices.device)
     mask = mask.scatter(-1, columns, True)[..., :num_kv_blocks]
-    return _compact(mask.transpose(-1, -2))
+    if not descending:
+        return _compact(mask.transpose(-1, -2))
+    counts, rows = _compact(mask.transpose(-1, -2).flip(-1))
+    return counts, mask.shape[-2] - 1 - rows

@@ -107,7 +107,12 @@ def select_top_k(
 
 @torch.no_grad()
 def transpose_lists(
-    counts: Tensor, indices: Tensor, num_kv_blocks: int, *, backend: BackendName | None = None
+    counts: Tensor,
+    indices: Tensor,
+    num_kv_blocks: int,
+    *,
+    descending: bool = False,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The query blocks that read each KV block, for the backward pass; bitwise the same on every call.
 
@@ -116,11 +121,12 @@ def transpose_lists(
         indices: int32 `[batch, num_heads, num_q_blocks, slots]`; the first `counts` of a row lie in
             [0, num_kv_blocks) without repeats, the others are ignored.
         num_kv_blocks: length of a transposed row.
+        descending: list the last query block first.
         backend: "triton" or "naive"; by default "triton" on CUDA.
 
     Returns:
-        int32 `[batch, num_heads, num_kv_blocks]` and `[batch, num_heads, num_kv_blocks, num_q_blocks]`, ascending;
-        entries from the counts on are unspecified.
+        int32 `[batch, num_heads, num_kv_blocks]` and `[batch, num_heads, num_kv_blocks, num_q_blocks]`, ascending
+        unless `descending`; entries from the counts on are unspecified.
     """
     if counts.ndim != 3 or indices.shape[:-1] != counts.shape:
         raise ValueError(
@@ -128,7 +134,7 @@ def transpose_lists(
             f"got {tuple(counts.shape)} and {tuple(indices.shape)}"
         )
     if resolve_backend(backend, counts.device) == "naive":
-        return transpose_lists_naive(counts, indices, num_kv_blocks)
+        return transpose_lists_naive(counts, indices, num_kv_blocks, descending)
     from sparse_hf_kernels.scoring.selection.launch import transpose_lists_triton
 
-    return transpose_lists_triton(counts, indices, num_kv_blocks)
+    return transpose_lists_triton(counts, indices, num_kv_blocks, descending)

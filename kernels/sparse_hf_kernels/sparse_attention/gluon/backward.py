@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_hf_kernels.sparse_attention.gluon.backward_kernel import attention_backward_kernel
-from sparse_hf_kernels.sparse_attention.gluon.configs import BACKWARD, BackwardConfig
+from sparse_hf_kernels.sparse_attention.gluon.configs import BACKWARD, BackwardConfig, backward_config
 from sparse_hf_kernels.sparse_attention.gluon.launch import (
     descriptor,
     geometry_args,
@@ -38,9 +39,55 @@ def attention_backward(
     """
     if q.shape[3] not in BACKWARD:
         return portable_backward(grad_out, delta, q, k, v, lse, problem)
+    sums = query_sums(q, problem)
+    if sums is not None:
+        dk, dv = sums.add(grad_out, delta, q, k, v, lse, problem)
+        return sums.total(), dk, dv
+    inputs = tma_ready(q), tma_ready(k), tma_ready(v), tma_ready(grad_out), lse, delta
+    dk, dv = _walk_keys(inputs, None, problem)
+    dq = _new_gradient(q)
+    query_gradient(inputs, dq, problem)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GluonQuerySums:
+    """`QuerySums` in memory: fp32 `[batch, num_heads, q_len, head_dim]` with the strides of `like_q`."""
+
+    sums: Tensor
+    like_q: Tensor
+    scale: float
+
+    def add(
+        self, grad_out: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, problem: AttentionProblem
+    ) -> tuple[Tensor, Tensor]:
+        assert problem.scale == self.scale and not problem.deterministic
+        inputs = tma_ready(q), tma_ready(k), tma_ready(v), tma_ready(grad_out), lse, delta
+        return _walk_keys(inputs, self.sums, problem)
+
+    def total(self) -> Tensor:
+        return torch.mul(self.sums, self.scale, out=_new_gradient(self.like_q))
+
+
+def query_sums(q: Tensor, problem: AttentionProblem) -> GluonQuerySums | None:
+    """See `AttentionKernels.query_sums`."""
+    if problem.deterministic or q.shape[3] not in BACKWARD:
+        return None
+    # Strides as in dq, so that scaling the sums reads and writes in one order.
     batch, num_heads, q_len, head_dim = q.shape
-    q, k, v, grad_out = tma_ready(q), tma_ready(k), tma_ready(v), tma_ready(grad_out)
-    config = BACKWARD[head_dim]
+    sums = q.new_zeros(batch, q_len, num_heads, head_dim, dtype=torch.float32).transpose(1, 2)
+    return GluonQuerySums(sums=sums, like_q=q, scale=problem.scale)
+
+
+def _new_gradient(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _walk_keys(inputs: tuple[Tensor, ...], dq_sum: Tensor | None, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """dK and dV; adds dQ / scale to `dq_sum` if there is one. `inputs` are q, k, v, grad_out, lse and delta."""
+    q, k, v, grad_out, lse, delta = inputs
+    batch, num_heads, _, head_dim = q.shape
+    config = backward_config(head_dim, q.dtype)
     table = backward_table(
         problem.layout,
         problem.geometry,
@@ -50,26 +97,21 @@ def attention_backward(
         head_dim=head_dim,
         device=q.device,
         num_programs=num_multiprocessors(q.device),
+        selection=problem.selection,
     )
-    dq, dk, dv = (x.new_empty(batch, x.shape[2], x.shape[1], head_dim).transpose(1, 2) for x in (q, k, v))
-    # Strides as in dq, so that scaling the sums reads and writes in one order.
-    dq_sum = q.new_zeros(
-        batch, 1 if problem.deterministic else q_len, num_heads, head_dim, dtype=torch.float32
-    ).transpose(1, 2)
+    dk, dv = _new_gradient(k), _new_gradient(v)
+    with_dq = dq_sum is not None
+    if dq_sum is None:  # a descriptor has to name something
+        dq_sum = q.new_empty(batch, 1, num_heads, head_dim, dtype=torch.float32).transpose(1, 2)
     partials = q.new_empty(max(1, table.num_partials), 2, config.columns, head_dim, dtype=torch.float32)
     stats = row_statistics(lse, delta, problem.scale, config.rows)
     args, options = launch_args(
-        grad_out, q, k, v, dq_sum, dk, dv, partials, stats, table, problem, config,
-        with_dq=not problem.deterministic,
-    )  # fmt: skip
+        grad_out, q, k, v, dq_sum, dk, dv, partials, stats, table, problem, config, with_dq=with_dq
+    )
     with torch.cuda.device_of(q):
         attention_backward_kernel[(table.num_tiles,)](*args, **options)
         sum_partials(partials, table, dk, dv)
-    if problem.deterministic:
-        query_gradient((q, k, v, grad_out, lse, delta), dq, problem)
-    else:
-        torch.mul(dq_sum, problem.scale, out=dq)
-    return dq, dk, dv
+    return dk, dv
 
 
 def row_statistics(lse: Tensor, delta: Tensor, scale: float, tile: int) -> Tensor:
@@ -124,7 +166,7 @@ def launch_args(
         problem.scale,
     )
     options = dict(
-        geometry_args(problem.geometry, problem.layout, table.lists),
+        geometry_args(problem.geometry, problem.layout, table),
         BM=config.rows,
         BN=config.columns,
         D=head_dim,

@@ -49,11 +49,11 @@ def _part(schedule):
 
 @gluon.jit
 def _steps(schedule, row_ptr, g, g0, g1):
-    """The steps [begin, end) of query head g: a part may start and end amid a head's list."""
+    """The steps [begin, end) of query head g: a part may start and end amid a head's list, or past it."""
     at = schedule + 8 * gl.program_id(0)
     steps = gl.load(row_ptr + 7)
-    begin = gl.where(g == g0, gl.load(at + 4), 0)
-    return begin, gl.where(g == g1 - 1, gl.minimum(gl.load(at + 5), steps), steps)
+    end = gl.where(g == g1 - 1, gl.minimum(gl.load(at + 5), steps), steps)
+    return gl.minimum(gl.where(g == g0, gl.load(at + 4), 0), end), end
 
 
 @gluon.jit
@@ -158,7 +158,7 @@ def _store(
 @gluon.jit
 def _consumer(
     cid: gl.constexpr, desc_dk, desc_dv, partials, tiles, exchange, barriers, walk, scale, where,
-    SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr,
+    SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, LAST: gl.constexpr,
     ROW_BATCHES: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr, WITH_DQ: gl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ def _consumer(
             row0 = which // 2 * BM
             s_0 = mask_block(
                 s_0, row0 + gl.arange(0, BM, layout=columns), key0 + gl.arange(0, HN, layout=gl.SliceLayout(1, s_l)),
-                row0, key0, BM, HN, rb, where, window, sinks, 1, SIMPLE, CLOSED, CAUSAL, HAS_K_POS,
+                row0, key0, BM, HN, rb, where, window, sinks, 1, SIMPLE, CLOSED, CAUSAL, HAS_K_POS, LAST,
             )  # fmt: skip
         dp_0 = zero + stats.index(1).load(columns)[None, :]
         mbarrier.wait(do_full.index(st), ph)
@@ -256,13 +256,18 @@ def _consumer(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "group_stride"])
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "num_last", "group_stride",
+    ]
+)  # fmt: skip
 def attention_backward_kernel(
     desc_q, desc_do, desc_k, desc_v, desc_stats, desc_dq, desc_dk, desc_dv, partials, rows, schedule, lists,
     num_kv_heads, group, group_stride, scale, q_len, kv_len, offset, start, q_start, q_pos, q_end, k_pos,
-    max_distance, num_dense_rows, SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_K_POS: gl.constexpr, ROW_BATCHES: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
-    SLOTS: gl.constexpr, WITH_DQ: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    max_distance, num_dense_rows, num_last, SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_K_POS: gl.constexpr, LAST: gl.constexpr, ROW_BATCHES: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr, WITH_DQ: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """A part of a backward table's tile per CTA; `desc_stats` has what the accumulators start with."""
     dtype: gl.constexpr = desc_q.dtype
@@ -296,7 +301,7 @@ def attention_backward_kernel(
         mbarrier.init(do_empty.index(j), count=2)
     fence_async_shared()
     walk = (rows, schedule, lists, num_kv_heads, group, group_stride)
-    where = (q_len, kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows)
+    where = (q_len, kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows, num_last)
     tiles = (q_s, do_s, k_s, v_s, stats_s, which_s)
     barriers = (kv_full, q_full, q_empty, do_full, do_empty)
     exchange = (ds_s, dq_s, ds_full, dq_full, dq_empty)
@@ -304,17 +309,17 @@ def attention_backward_kernel(
     if WITH_DQ:
         gl.warp_specialize([
             (_consumer, (0, desc_dk, desc_dv, partials, tiles, exchange, barriers, walk, scale, where, SIMPLE, CLOSED,
-                         CAUSAL, HAS_K_POS, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
+                         CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
             (_consumer, (1, desc_dk, desc_dv, partials, tiles, exchange, barriers, walk, scale, where, SIMPLE, CLOSED,
-                         CAUSAL, HAS_K_POS, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
+                         CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
             (_producer, (descriptors, tiles, barriers, walk, BM, BN, SLOTS)),
             (_dq_writer, (desc_dq, dq_s, dq_full, dq_empty, walk, BM, D // 2)),
         ], [4, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (0, desc_dk, desc_dv, partials, tiles, exchange, barriers, walk, scale, where, SIMPLE, CLOSED,
-                         CAUSAL, HAS_K_POS, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
+                         CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
             (_consumer, (1, desc_dk, desc_dv, partials, tiles, exchange, barriers, walk, scale, where, SIMPLE, CLOSED,
-                         CAUSAL, HAS_K_POS, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
+                         CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, BM, BN, D, SLOTS, WITH_DQ)),
             (_producer, (descriptors, tiles, barriers, walk, BM, BN, SLOTS)),
         ], [4, 1], [CONSUMER_REGS, PRODUCER_REGS])  # fmt: skip

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from sparse_hf_kernels.tuned import Key, tuned_config
+
+ARCH = 90
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
@@ -39,3 +45,13 @@ BACKWARD = {
     64: BackwardConfig(rows=128, columns=128, slots=2, consumer_registers=232, producer_registers=40),
     128: BackwardConfig(rows=64, columns=128, slots=2, consumer_registers=232, producer_registers=40),
 }
+
+
+def forward_config(head_dim: int, dtype: torch.dtype) -> ForwardConfig:
+    """The user's, measured by `sparse-hf tune`, else the shipped one."""
+    return tuned_config(Key("gluon", "forward", ARCH, head_dim, dtype), ForwardConfig) or FORWARD[head_dim]
+
+
+def backward_config(head_dim: int, dtype: torch.dtype) -> BackwardConfig:
+    """The user's, measured by `sparse-hf tune`, else the shipped one."""
+    return tuned_config(Key("gluon", "backward", ARCH, head_dim, dtype), BackwardConfig) or BACKWARD[head_dim]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels.sparse_attention.gluon.configs import FORWARD, ForwardConfig
+from sparse_hf_kernels.sparse_attention.gluon.configs import ForwardConfig, forward_config
 from sparse_hf_kernels.sparse_attention.gluon.forward_kernel import attention_forward_kernel
 from sparse_hf_kernels.sparse_attention.gluon.launch import (
     LOG2E,
@@ -25,7 +25,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
     batch, num_heads, q_len, head_dim = q.shape
     out = q.new_empty(batch, q_len, num_heads, head_dim).transpose(1, 2)
     lse = torch.empty(batch, num_heads, q_len, dtype=torch.float32, device=q.device)
-    config = FORWARD[head_dim]
+    config = forward_config(head_dim, q.dtype)
     table = forward_table(
         problem.layout,
         problem.geometry,
@@ -34,6 +34,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem
         num_heads=num_heads,
         head_dim=head_dim,
         device=q.device,
+        selection=problem.selection,
     )
     args, options = launch_args(tma_ready(q), tma_ready(k), tma_ready(v), out, lse, table, problem, config)
     with torch.cuda.device_of(q):
@@ -70,7 +71,7 @@ def launch_args(
         problem.scale * LOG2E,
     )
     options = dict(
-        geometry_args(problem.geometry, problem.layout, table.lists),
+        geometry_args(problem.geometry, problem.layout, table),
         HM=consumer_rows,
         BN=config.columns,
         D=head_dim,

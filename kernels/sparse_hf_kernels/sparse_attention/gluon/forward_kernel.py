@@ -109,7 +109,7 @@ def _producer(
 def _masked(
     s, step, message_s, base, lists, num_heads, where, s_l: gl.constexpr, cid: gl.constexpr,
     HM: gl.constexpr, BN: gl.constexpr, SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr,
-    HAS_K_POS: gl.constexpr, ROW_BATCHES: gl.constexpr,
+    HAS_K_POS: gl.constexpr, LAST: gl.constexpr, ROW_BATCHES: gl.constexpr,
 ):  # fmt: skip
     """Scores of a partial block with -1e30 where a row may not read the key.
 
@@ -126,7 +126,7 @@ def _masked(
             s, row0 + gl.arange(0, HM, layout=gl.SliceLayout(1, s_l)),
             key0 + gl.arange(0, BN, layout=gl.SliceLayout(0, s_l)), row0, key0, HM, BN, b, where,
             read_scalar(message_s, base + 14), read_scalar(message_s, base + 15), 0, SIMPLE, CLOSED, CAUSAL,
-            HAS_K_POS,
+            HAS_K_POS, LAST,
         )  # fmt: skip
     else:  # a tile without blocks
         s = gl.full_like(s, -1.0e30)
@@ -172,14 +172,14 @@ def _first_scores(q_t, k_s, k_full, k_empty, count, zero, BN: gl.constexpr, D: g
 @gluon.jit
 def _consumer(
     cid: gl.constexpr, desc_o, tiles, barriers, message, lists, num_tiles, num_heads, lse, scale, where,
-    SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr,
+    SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, LAST: gl.constexpr,
     ROW_BATCHES: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
     Q_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_s, k_s, v_s = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
     message_s, told, heard = message
-    q_len, _kv_len, _offset, _start, _q_start, q_pos, _q_end, _k_pos, _max_distance, _num_dense_rows = where
+    q_len, _kv_len, _offset, _start, _q_start, q_pos, _q_end, _k_pos, _max_distance, _num_dense_rows, _num_last = where
     dtype: gl.constexpr = desc_o.dtype
     s_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     o_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -210,7 +210,7 @@ def _consumer(
         if full <= 0:
             s = _masked(
                 s, 0, message_s, base, lists, num_heads, where, s_l, cid, HM, BN, SIMPLE, CLOSED, CAUSAL,
-                HAS_K_POS, ROW_BATCHES,
+                HAS_K_POS, LAST, ROW_BATCHES,
             )  # fmt: skip
         m_i, l_i, p = _start_softmax(s, scale)
         pb = gl.convert_layout(p.to(dtype), p_l)
@@ -232,7 +232,7 @@ def _consumer(
             if i >= full:
                 s = _masked(
                     s, i, message_s, base, lists, num_heads, where, s_l, cid, HM, BN, SIMPLE, CLOSED,
-                    CAUSAL, HAS_K_POS, ROW_BATCHES,
+                    CAUSAL, HAS_K_POS, LAST, ROW_BATCHES,
                 )  # fmt: skip
             m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
             p = gl.exp2(s * scale - m_new[:, None])
@@ -269,11 +269,15 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_tiles", "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "num_last",
+    ]
+)  # fmt: skip
 def attention_forward_kernel(
     desc_q, desc_k, desc_v, desc_o, rows, schedule, lists, counter, num_tiles, num_heads, group, lse, scale, q_len,
-    kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows, SIMPLE: gl.constexpr,
-    CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, ROW_BATCHES: gl.constexpr,
+    kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows, num_last, SIMPLE: gl.constexpr,
+    CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, LAST: gl.constexpr, ROW_BATCHES: gl.constexpr,
     HM: gl.constexpr, BN: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr,
     Q_SLOTS: gl.constexpr,
@@ -314,12 +318,12 @@ def attention_forward_kernel(
     message = (message_s, told, heard)
     descriptors = (desc_q, desc_k, desc_v, desc_o)
     walk = (rows, schedule, lists)
-    where = (q_len, kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows)
+    where = (q_len, kv_len, offset, start, q_start, q_pos, q_end, k_pos, max_distance, num_dense_rows, num_last)
     gl.warp_specialize([
         (_consumer, (0, desc_o, tiles, barriers, message, lists, num_tiles, num_heads, lse, scale, where, SIMPLE,
-                     CLOSED, CAUSAL, HAS_K_POS, ROW_BATCHES, HM, BN, D, SLOTS, Q_SLOTS)),
+                     CLOSED, CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, HM, BN, D, SLOTS, Q_SLOTS)),
         (_consumer, (1, desc_o, tiles, barriers, message, lists, num_tiles, num_heads, lse, scale, where, SIMPLE,
-                     CLOSED, CAUSAL, HAS_K_POS, ROW_BATCHES, HM, BN, D, SLOTS, Q_SLOTS)),
+                     CLOSED, CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, HM, BN, D, SLOTS, Q_SLOTS)),
         (_producer, (descriptors, tiles, barriers, message, walk, counter, num_tiles, num_heads, group, HM, BN, SLOTS,
                      Q_SLOTS)),
     ], [4, 1], [CONSUMER_REGS, PRODUCER_REGS])  # fmt: skip

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_hf_kernels.layout import AttentionLayout
-from sparse_hf_kernels.tiles import RowGeometry
+from sparse_hf_kernels.tiles import RowGeometry, TileTable
 
 LOG2E = 1.4426950408889634
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -41,20 +41,26 @@ def num_multiprocessors(device: torch.device) -> int:
 def tma_ready(x: Tensor) -> Tensor:
     """x if TMA can read it as it lies (16-byte strides, last dimension dense), else a copy."""
     unit = 16 // x.element_size()
-    # A dimension of size 1 may carry any stride, which the descriptor would still check.
-    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    fits = x.stride(-1) == 1 and all(s % unit == 0 for s in strides) and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
+    batch, heads, row, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0:
+        if not (batch % unit or heads % unit or row % unit):
+            return x
+        # A dimension of size 1 may carry any stride, which the descriptor would still check.
+        if not any(n > 1 and s % unit for s, n in zip((batch, heads, row), x.shape[:3], strict=True)):
+            return x
+    # Not `contiguous`, which returns a dense tensor at an odd address as it is.
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def geometry_args(geometry: RowGeometry, layout: AttentionLayout, dummy: Tensor) -> dict[str, Tensor | int | bool]:
-    """Kernel arguments that say where rows and keys stand; `dummy` fills the pointers that go unread."""
+def geometry_args(geometry: RowGeometry, layout: AttentionLayout, table: TileTable) -> dict[str, Tensor | int | bool]:
+    """Kernel arguments that say where rows and keys stand."""
 
     def pointer(x: Tensor | None) -> Tensor:
-        return dummy if x is None else x
+        return table.lists if x is None else x  # a pointer that goes unread
 
     own_keys = geometry.offset + geometry.q_len <= geometry.kv_len
     simple = geometry.is_closed_form and layout.causal and own_keys and layout.num_dense_rows == 0
+    simple = simple and not table.has_last_rows
     return dict(
         q_len=geometry.q_len,
         kv_len=geometry.kv_len,
@@ -66,9 +72,11 @@ def geometry_args(geometry: RowGeometry, layout: AttentionLayout, dummy: Tensor)
         k_pos=pointer(geometry.k_pos),
         max_distance=min(layout.max_distance, LARGEST_DISTANCE),
         num_dense_rows=layout.num_dense_rows,
+        num_last=layout.num_last_tokens,
         SIMPLE=simple,
         CLOSED=geometry.is_closed_form,
         CAUSAL=layout.causal,
         HAS_K_POS=geometry.k_pos is not None,
+        LAST=table.has_last_rows,
         ROW_BATCHES=geometry.batch > 1,
     )

@@ -42,12 +42,12 @@ def block_at(i, listed, lists, at, ends, offsets):
 
 
 @gluon.jit
-def row_coordinates(rows, b, where, CLOSED: gl.constexpr, CAUSAL: gl.constexpr):
-    """Where each row stands, where its sequence starts, and one past its last key (without causality only).
+def row_coordinates(rows, b, where, CLOSED: gl.constexpr, ENDS: gl.constexpr):
+    """Where each row stands, where its sequence starts, and one past its last key, if ENDS are wanted.
 
     Rows without token stand at -1 and end at 0: no key is theirs.
     """
-    q_len, kv_len, offset, start, q_start, q_pos, q_end, _k_pos, _max_distance, _num_dense_rows = where
+    q_len, kv_len, offset, start, q_start, q_pos, q_end, _k_pos, _max_distance, _num_dense_rows, _num_last = where
     if CLOSED:
         return rows + offset, gl.full_like(rows, 0) + start, gl.full_like(rows, 0) + kv_len
     else:
@@ -55,9 +55,8 @@ def row_coordinates(rows, b, where, CLOSED: gl.constexpr, CAUSAL: gl.constexpr):
         at = b * q_len + rows
         pos = gl.load(q_pos + at, mask=inside, other=-1)
         first = gl.load(q_start + at, mask=inside, other=0)
-        if CAUSAL:
-            end = pos
-        else:
+        end = pos
+        if ENDS:
             end = gl.load(q_end + at, mask=inside, other=0)
         return pos, first, end
 
@@ -65,7 +64,7 @@ def row_coordinates(rows, b, where, CLOSED: gl.constexpr, CAUSAL: gl.constexpr):
 @gluon.jit
 def key_coordinates(slots, b, where, HAS_K_POS: gl.constexpr):
     """Coordinates of key slots; slots past the keys get -1, which lies before every sequence."""
-    _q_len, kv_len, _offset, _start, _q_start, _q_pos, _q_end, k_pos, _max_distance, _num_dense_rows = where
+    _q_len, kv_len, _offset, _start, _q_start, _q_pos, _q_end, k_pos, _max_distance, _num_dense_rows, _num_last = where
     if HAS_K_POS:
         return gl.load(k_pos + b * kv_len + slots, mask=slots < kv_len, other=-1)
     else:
@@ -76,15 +75,16 @@ def key_coordinates(slots, b, where, HAS_K_POS: gl.constexpr):
 def mask_block(
     s, rows, slots, row0, key0, num_rows: gl.constexpr, num_keys: gl.constexpr, b, where, window, sinks,
     ROW_AXIS: gl.constexpr, SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr,
+    LAST: gl.constexpr,
 ):  # fmt: skip
     """Scores of a partial block with -1e30 where a row may not read a key.
 
     `rows` and `slots` number the tile's rows and keys along their axes, from row0 and key0. SIMPLE stands for causal
-    rows in closed form that all have their own key and no dense rows among them. Then a block past the sinks needs one
-    comparison per score, and one before the windows of all rows one per key: a window of a few blocks spends its time
-    on masks.
+    rows in closed form that all have their own key and none of which is dense by itself. Then a block past the sinks
+    needs one comparison per score, and one before the windows of all rows one per key: a window of a few blocks spends
+    its time on masks.
     """
-    _q_len, kv_len, offset, start, _q_start, _q_pos, _q_end, _k_pos, max_distance, num_dense_rows = where
+    _q_len, kv_len, offset, start, _q_start, _q_pos, _q_end, _k_pos, max_distance, num_dense_rows, num_last = where
     keys_axis: gl.constexpr = 1 - ROW_AXIS
     slots_2d = gl.expand_dims(slots, ROW_AXIS)
     if SIMPLE:
@@ -103,12 +103,14 @@ def mask_block(
             s = gl.where((slots_2d < sink_end) | (slots_2d > last - near), s, -1.0e30)
             s = gl.where((slots_2d > last - max_distance) & (slots_2d <= last), s, -1.0e30)
     else:
-        pos_1d, first_1d, end_1d = row_coordinates(rows, b, where, CLOSED, CAUSAL)
+        pos_1d, first_1d, end_1d = row_coordinates(rows, b, where, CLOSED, LAST or not CAUSAL)
         pos = gl.expand_dims(pos_1d, keys_axis)
         first = gl.expand_dims(first_1d, keys_axis)
         keys = gl.expand_dims(key_coordinates(slots, b, where, HAS_K_POS), ROW_AXIS)
         # One condition after the other: together their predicates would spill.
-        far = gl.where(pos - first < num_dense_rows, max_distance, window)
+        far = gl.where(pos - first < num_dense_rows, max_distance, gl.abs(window))
+        if LAST:  # a negative window has dense last rows
+            far = gl.where((window < 0) & (pos >= gl.expand_dims(end_1d, keys_axis) - num_last), max_distance, far)
         sink = keys < first + sinks
         s = gl.where((pos - keys < far) | sink, s, -1.0e30)
         s = gl.where((keys >= first) & (pos - keys < max_distance), s, -1.0e30)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sparse_hf_kernels.dispatch import AttentionRequest
-from sparse_hf_kernels.sparse_attention.problem import AttentionKernels
+from sparse_hf_kernels.sparse_attention.problem import AttentionKernels, AttentionProblem
 from sparse_hf_kernels.sparse_attention.triton.backward import backward
 from sparse_hf_kernels.sparse_attention.triton.configs import MAX_HEAD_DIM, interpreted
 from sparse_hf_kernels.sparse_attention.triton.forward import forward
@@ -16,6 +17,10 @@ __all__ = ["KERNELS", "refuses"]
 class _TritonKernels:
     forward = staticmethod(forward)
     backward = staticmethod(backward)
+
+    @staticmethod
+    def query_sums(q: Tensor, problem: AttentionProblem) -> None:
+        """None: dQ leaves its kernel rounded."""
 
 
 KERNELS: AttentionKernels = _TritonKernels()

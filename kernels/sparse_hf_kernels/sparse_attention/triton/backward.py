@@ -42,14 +42,18 @@ def _row_statistics(lse_ptr, delta_ptr, rows, q_len):
     return tl.where(lse == float("-inf"), 1.0e30, lse * LOG2_E), tl.load(delta_ptr + rows, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "look_up_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "num_last", "look_up_rows",
+    ]
+)  # fmt: skip
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, rows_ptr, schedule_ptr, lists_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, num_kv_heads, group, group_stride, scale,
     q_len, kv_len, offset, start, q_stride, k_stride, q_pos_ptr, q_start_ptr, q_end_ptr, k_pos_ptr,
-    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows,
-    CAUSAL: tl.constexpr, LISTS: tl.constexpr,
+    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows, num_last,
+    CAUSAL: tl.constexpr, LAST: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid: the tiles of a backward table. Scores are transposed, `[BN, BM]`; dk and dv share strides `stride_g*`."""
@@ -94,10 +98,11 @@ def _dkdv_kernel(
             lse, delta = _row_statistics(lse_ptr + first_stat, delta_ptr + first_stat, rows, q_len)
             weights = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale_log2 - lse[None, :])
             pos, begin, end = row_coordinates(
-                rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr, CAUSAL
-            )
+                rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr,
+                LAST or not CAUSAL,
+            )  # fmt: skip
             near, near_end, first, sink_end = row_bounds(
-                pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, k_pos_ptr, CAUSAL
+                pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, num_last, k_pos_ptr, CAUSAL, LAST
             )
             keep = allowed(
                 near, near_end, first, sink_end, pos, begin, key, b, kv_len, k_stride, k_pos_ptr,
@@ -114,14 +119,18 @@ def _dkdv_kernel(
     store_tile(dv_ptr + at_head, dv, key, stride_gn, kv_len, BN, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "look_up_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "num_last", "look_up_rows",
+    ]
+)  # fmt: skip
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, rows_ptr, schedule_ptr, lists_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, num_heads, group, scale,
     q_len, kv_len, offset, start, q_stride, k_stride, q_pos_ptr, q_start_ptr, q_end_ptr, k_pos_ptr,
-    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows,
-    CAUSAL: tl.constexpr, LISTS: tl.constexpr,
+    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows, num_last,
+    CAUSAL: tl.constexpr, LAST: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid: the tiles of a forward table. dq has strides `stride_g*`."""
@@ -153,10 +162,11 @@ def _dq_kernel(
         dq = tl.dot(slopes.to(k.dtype), k, dq, input_precision="ieee")
 
     pos, begin, end = row_coordinates(
-        rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr, CAUSAL
-    )
+        rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr,
+        LAST or not CAUSAL,
+    )  # fmt: skip
     near, near_end, first, sink_end = row_bounds(
-        pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, k_pos_ptr, CAUSAL
+        pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, num_last, k_pos_ptr, CAUSAL, LAST
     )
     plane = kv_head
     if look_up_ptr is not None:

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from sparse_hf_kernels.tiles import TileShape
+from sparse_hf_kernels.tuned import INTERPRETER_ARCH, Key, tuned_config
 
 Pass = Literal["forward", "decode", "dkdv", "dq"]
 
@@ -179,13 +180,28 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def current_architecture(device: torch.device) -> int:
+    """`architecture`, or what stands for the interpreter."""
+    return INTERPRETER_ARCH if interpreted() else architecture(device)
+
+
 def tile_config(device: torch.device, head_dim: int, dtype: torch.dtype, which: Pass) -> TileConfig:
-    """The configuration of one pass."""
-    if interpreted():
-        return INTERPRETER[which]
-    return compiled_config(architecture(device), head_dim, dtype, which)
+    """The configuration of one pass: the user's, measured by `sparse-hf tune`, else the shipped one."""
+    arch = current_architecture(device)
+    key = Key("triton", which, arch, table_head_dim(head_dim), dtype)
+    return tuned_config(key, TileConfig) or shipped_config(arch, head_dim, dtype, which)
+
+
+def shipped_config(arch: int, head_dim: int, dtype: torch.dtype, which: Pass) -> TileConfig:
+    """That of the tables above."""
+    return INTERPRETER[which] if arch == INTERPRETER_ARCH else compiled_config(arch, head_dim, dtype, which)
+
+
+def table_head_dim(head_dim: int) -> int:
+    """The row of the tables that serves a head_dim: the smallest not below it."""
+    return next(size for size in FP32 if head_dim <= size)
 
 
 def compiled_config(arch: int, head_dim: int, dtype: torch.dtype, which: Pass) -> TileConfig:
     table = FP32 if dtype == torch.float32 else HALF[arch]
-    return table[next(size for size in table if head_dim <= size)][which]
+    return table[table_head_dim(head_dim)][which]

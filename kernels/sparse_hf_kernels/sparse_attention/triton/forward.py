@@ -48,14 +48,18 @@ def _accumulate(acc, top, total, scores, v, scale):
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "look_up_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "offset", "start", "max_distance", "num_dense_rows", "num_last", "look_up_rows",
+    ]
+)  # fmt: skip
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, schedule_ptr, lists_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, num_heads, group, scale,
     q_len, kv_len, offset, start, q_stride, k_stride, q_pos_ptr, q_start_ptr, q_end_ptr, k_pos_ptr,
-    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows,
-    CAUSAL: tl.constexpr, LISTS: tl.constexpr,
+    look_up_ptr, head_plane_ptr, look_up_size, look_up_rows, max_distance, num_dense_rows, num_last,
+    CAUSAL: tl.constexpr, LAST: tl.constexpr, LISTS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid: the tiles of a forward table. `scale` includes log2(e); out like q, lse `[batch, num_heads, q_len]`."""
@@ -84,10 +88,11 @@ def _forward_kernel(
         acc, top, total = _accumulate(acc, top, total, scores, v, scale)
 
     pos, begin, end = row_coordinates(
-        rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr, CAUSAL
-    )
+        rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr,
+        LAST or not CAUSAL,
+    )  # fmt: skip
     near, near_end, first, sink_end = row_bounds(
-        pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, k_pos_ptr, CAUSAL
+        pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, num_last, k_pos_ptr, CAUSAL, LAST
     )
     plane = kv_head
     if look_up_ptr is not None:

@@ -38,6 +38,8 @@ def config_for(q: Tensor, problem: AttentionProblem, which: Pass) -> TileConfig:
     if problem.geometry.is_closed_form and problem.geometry.start == 0:
         for pattern, _ in problem.layout.groups:
             config = config if pattern.blocks is None else config.within(pattern.blocks.block_size)
+    if problem.selection is not None:
+        config = config.within(problem.selection.block_size)
     return config
 
 
@@ -51,11 +53,12 @@ def table_for(build: Callable[..., TileTable], q: Tensor, problem: AttentionProb
         num_heads=q.shape[1],
         head_dim=q.shape[3],
         device=q.device,
+        selection=problem.selection,
     )
 
 
 def mask_arguments(problem: AttentionProblem, table: TileTable) -> tuple[Any, ...]:
-    """From `q_len` to `num_dense_rows` in the kernels' signatures."""
+    """From `q_len` to `num_last` in the kernels' signatures."""
     geometry, layout = problem.geometry, problem.layout
     several = geometry.batch > 1
     return (
@@ -75,6 +78,7 @@ def mask_arguments(problem: AttentionProblem, table: TileTable) -> tuple[Any, ..
         0 if table.look_up is None else table.look_up.shape[-1],
         min(layout.max_distance, LARGEST_WINDOW),
         layout.num_dense_rows,
+        layout.num_last_tokens,
     )
 
 
@@ -83,7 +87,8 @@ def options(problem: AttentionProblem, table: TileTable, head_dim: int, config: 
     layout = problem.layout
     return {
         "CAUSAL": layout.causal,
-        "LISTS": any(pattern.blocks is not None for pattern in layout.patterns),
+        "LAST": table.has_last_rows,
+        "LISTS": any(p.blocks is not None or p.selected or p.num_last_tokens for p in layout.patterns),
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BM": config.rows,

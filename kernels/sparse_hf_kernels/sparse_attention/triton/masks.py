@@ -88,7 +88,7 @@ def store_tile(
 
 @triton.jit
 def row_coordinates(
-    rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr, CAUSAL: tl.constexpr,
+    rows, b, q_len, kv_len, offset, start, q_stride, q_pos_ptr, q_start_ptr, q_end_ptr, ENDS: tl.constexpr,
 ):  # fmt: skip
     """Where rows stand, where their sequences begin and end: int32 `[BM]` each. Rows without token have pos < start."""
     if q_pos_ptr is None:
@@ -100,16 +100,16 @@ def row_coordinates(
         at = b * q_stride + rows
         pos = tl.load(q_pos_ptr + at, mask=inside, other=-1)
         begin = tl.load(q_start_ptr + at, mask=inside, other=0)
-        if CAUSAL:
-            end = begin  # not read
-        else:
+        end = begin
+        if ENDS:  # else they go unread
             end = tl.load(q_end_ptr + at, mask=inside, other=0)
     return pos, begin, end
 
 
 @triton.jit
 def row_bounds(
-    pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, k_pos_ptr, CAUSAL: tl.constexpr,
+    pos, begin, end, row_ptr, kv_len, max_distance, num_dense_rows, num_last, k_pos_ptr, CAUSAL: tl.constexpr,
+    LAST: tl.constexpr,
 ):  # fmt: skip
     """The keys that rows read, block masks apart: [near, near_end) and [first, sink_end), int32 `[BM]` each.
 
@@ -117,8 +117,11 @@ def row_bounds(
     """
     window = tl.load(row_ptr + 14)
     first = tl.maximum(begin, pos - max_distance + 1)
-    near = tl.maximum(first, pos - window + 1)
-    near = tl.where(pos - begin < num_dense_rows, first, near)
+    near = tl.maximum(first, pos - tl.abs(window) + 1)
+    dense = pos - begin < num_dense_rows
+    if LAST:  # a negative window has dense last rows
+        dense = dense | ((window < 0) & (pos >= end - num_last))
+    near = tl.where(dense, first, near)
     if CAUSAL:
         limit = pos + 1
     else:
