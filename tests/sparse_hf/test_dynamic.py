@@ -399,8 +399,12 @@ def test_positions_are_read_once_for_all_layers(
     calls, split = [], module.split_sequences
     monkeypatch.setattr(module, "split_sequences", lambda *args: calls.append(1) or split(*args))
     past = {"use_cache": False} if cache is None else {"past_key_values": CACHES[cache](dynamic.model)}
-    dynamic.model(**pad(dynamic.tokens(200, 150), "left").inputs, **past)
+    batch = pad(dynamic.tokens(200, 150), "left")
+    dynamic.model(**batch.upto(199), **past)
     assert len(calls) == 1
+    if cache is not None:
+        dynamic.model(**batch.upto(200, 199), **past)
+        assert len(calls) == 1, "decoding needs no reading"
     dynamic.model(torch.stack(dynamic.tokens(200, 200)), use_cache=False)
     assert len(calls) == 1, "a batch without padding needs no reading"
 

@@ -41,8 +41,11 @@ def tile_lists(
     tile_n: int,
     *,
     transposed: bool,
+    device: torch.device,
 ) -> TileLists:
-    """The lists of query tiles (or, transposed, of KV tiles) under an explicit pattern, for closed-form geometry.
+    """The lists of query tiles (or, transposed, of KV tiles) under a block pattern, for closed-form geometry.
+
+    Made on `device`: a mask of a thousand by a thousand blocks takes a CPU long, when each head has its own.
 
     Raises:
         ValueError: if the rows are not in closed form or do not begin at position 0.
@@ -50,20 +53,21 @@ def tile_lists(
     assert pattern.blocks is not None
     if not geometry.is_closed_form or geometry.start != 0:
         raise ValueError("block lists become tile lists only for unpadded sequences that begin at position 0")
-    visited, full, exact = _tile_status(pattern.blocks, layout, bounds, geometry, tile_m, tile_n)
+    visited, full, exact = _tile_status(pattern.blocks, layout, bounds, geometry, tile_m, tile_n, device)
     return _listed(visited[None], full[None], transposed, exact)
 
 
 def last_row_lists(
-    pattern: HeadPattern, layout: AttentionLayout, geometry: RowGeometry, tile_m: int, tile_n: int, *, transposed: bool
-) -> TileLists:
+    pattern: HeadPattern, layout: AttentionLayout, geometry: RowGeometry, tile_m: int, tile_n: int, *, transposed: bool,
+    device: torch.device,
+) -> TileLists:  # fmt: skip
     """The same for a window whose last rows are dense: what tiles read is then no range that moves on with them.
 
     Key coordinates must be slots.
     """
     q_len = geometry.q_len
     if geometry.q_pos is None or geometry.q_start is None or geometry.q_end is None:
-        pos = torch.arange(q_len)[None] + geometry.offset
+        pos = torch.arange(q_len, device=device)[None] + geometry.offset
         start, end = torch.full_like(pos, geometry.start), torch.full_like(pos, geometry.kv_len)
     else:
         pos, start, end = geometry.q_pos.long(), geometry.q_start.long(), geometry.q_end.long()
@@ -103,17 +107,18 @@ def _listed(visited: Tensor, full: Tensor, transposed: bool, exact: bool) -> Til
 
 
 def _tile_status(
-    blocks: BlockRule, layout: AttentionLayout, bounds: TileBounds, geometry: RowGeometry, tile_m: int, tile_n: int
-) -> tuple[Tensor, Tensor, bool]:
+    blocks: BlockRule, layout: AttentionLayout, bounds: TileBounds, geometry: RowGeometry, tile_m: int, tile_n: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, bool]:  # fmt: skip
     """Which (query tile, KV tile) pairs are visited, which of them are full, and whether tiles never cut a block."""
     size, offset = blocks.block_size, geometry.offset
-    first_row = torch.arange(0, geometry.q_len, tile_m) + offset
+    first_row = torch.arange(0, geometry.q_len, tile_m, device=device) + offset
     last_row = (first_row + tile_m - 1).clamp_max(geometry.q_len - 1 + offset)
-    begin = torch.arange(0, geometry.kv_len, tile_n)
+    begin = torch.arange(0, geometry.kv_len, tile_n, device=device)
     end = (begin + tile_n).clamp_max(geometry.kv_len)
     # Blocks that are on within each rectangle of blocks, by a two-dimensional running sum.
     num_blocks = -(-max(geometry.kv_len, geometry.q_len + offset) // size)
-    total = F.pad(blocks.block_mask(num_blocks).to(torch.int64).cumsum(0).cumsum(1), (1, 0, 1, 0))
+    total = F.pad(blocks.block_mask(num_blocks, device).to(torch.int64).cumsum(0).cumsum(1), (1, 0, 1, 0))
     above, below = (first_row // size)[:, None], (last_row // size + 1)[:, None]
     left, right = (begin // size)[None], ((end - 1) // size + 1)[None]
     num_on = total[below, right] - total[above, right] - total[below, left] + total[above, left]
@@ -122,8 +127,11 @@ def _tile_status(
         dense = (first_row < layout.num_dense_rows)[:, None]
         every = every | (last_row < layout.num_dense_rows)[:, None]
         some = some | dense
-    reached = (begin[None] < bounds.end_max[0][:, None]) & (end[None] > bounds.first_min[0][:, None])
-    inside = (begin[None] + tile_n <= bounds.end_min[0][:, None]) & (begin[None] >= bounds.first_max[0][:, None])
+    first_min, first_max, end_min, end_max = (
+        x[0].to(device)[:, None] for x in (bounds.first_min, bounds.first_max, bounds.end_min, bounds.end_max)
+    )
+    reached = (begin[None] < end_max) & (end[None] > first_min)
+    inside = (begin[None] + tile_n <= end_min) & (begin[None] >= first_max)
     inside = inside & (begin + tile_n <= geometry.kv_len)[None]
     visited = some & reached
     return visited, visited & every & inside, not bool((visited & ~every).any())

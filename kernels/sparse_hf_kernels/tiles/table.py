@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,8 +170,8 @@ def _coordinate_table(launch: _Launch, q_len: int, kv_len: int) -> TileTable:
 
 def _build(launch: _Launch, geometry: RowGeometry) -> TileTable:
     layout, device, transposed = launch.layout, launch.device, launch.transposed
-    patterns = _Patterns(layout, geometry, launch.shape, transposed)
-    rows = torch.stack([patterns.rows(pattern) for pattern, _ in layout.groups]).to(device)
+    patterns = _Patterns(layout, geometry, launch.shape, transposed, device)
+    rows = torch.stack([patterns.rows(pattern).to(device) for pattern, _ in layout.groups])
     pattern_of_head = torch.empty(layout.num_kv_heads, dtype=torch.long)
     for index, (_, heads) in enumerate(layout.groups):
         pattern_of_head[list(heads)] = index
@@ -226,10 +227,12 @@ def _build_selected(launch: _Launch, geometry: RowGeometry, selection: BlockSele
 @lru_cache(maxsize=128)
 def _frame(launch: _Launch, q_len: int, kv_len: int, offset: int, block_size: int) -> _Frame:
     layout, transposed, device = launch.layout, launch.transposed, launch.device
-    patterns = _Patterns(layout, RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset), launch.shape, transposed)
+    patterns = _Patterns(
+        layout, RowGeometry(q_len=q_len, kv_len=kv_len, offset=offset), launch.shape, transposed, device
+    )
     num_tiles = patterns.num_tiles
     others = [(pattern, heads) for pattern, heads in layout.groups if not pattern.selected]
-    fixed = [patterns.rows(pattern)[0] for pattern, _ in others] or [torch.zeros(num_tiles, ROW_INTS)]
+    fixed = [patterns.rows(pattern)[0].cpu() for pattern, _ in others] or [torch.zeros(num_tiles, ROW_INTS)]
     rows = torch.stack(fixed).to(torch.int32)
     pattern_of_head = torch.full((layout.num_kv_heads,), -1)
     for index, (_, heads) in enumerate(others):
@@ -277,6 +280,7 @@ class _Patterns:
     geometry: RowGeometry
     shape: TileShape
     transposed: bool
+    device: torch.device
     lists: list[Tensor] = field(default_factory=list)
     has_last_rows: bool = False
     _cut: dict[HeadPattern, int] = field(default_factory=dict)
@@ -298,15 +302,16 @@ class _Patterns:
             pieces = every_block(num_tiles, num_blocks)
             self._cuts(pattern)
             return self._assemble(pattern, pieces, torch.full(pieces.shape[:2], NO_LIST))
+        tiles = self.shape.rows, self.shape.columns
+        options: dict[str, Any] = {"transposed": self.transposed, "device": self.device}
         if pattern.num_last_tokens:
-            tiles = self.shape.rows, self.shape.columns
-            return self._listed(
-                pattern,
-                last_row_lists(pattern, self.layout, self.geometry, *tiles, transposed=self.transposed),
-            )
+            return self._listed(pattern, last_row_lists(pattern, self.layout, self.geometry, *tiles, **options))
         bounds = tile_bounds(pattern, self.layout, self.geometry, self.shape.rows)
         if pattern.blocks is not None and self.geometry.is_closed_form and self.geometry.start == 0:
-            return self._list_rows(pattern, bounds)
+            found = tile_lists(pattern, self.layout, bounds, self.geometry, *tiles, **options)
+            if not found.exact:
+                self._cuts(pattern)
+            return self._listed(pattern, found)
         pieces = self._pieces(bounds)
         if pattern.blocks is not None:
             self._cuts(pattern)
@@ -315,19 +320,11 @@ class _Patterns:
 
     def all_lists(self, device: torch.device) -> Tensor:
         """What the rows' offsets point into; one entry at least, for kernels want a pointer."""
-        return torch.cat(self.lists or [torch.zeros(1, dtype=torch.int32)]).to(device)
+        return torch.cat([each.to(device) for each in self.lists] or [torch.zeros(1, dtype=torch.int32, device=device)])
 
     def _pieces(self, bounds: TileBounds) -> Tensor:
         block, kv_len = self.shape.columns, self.geometry.kv_len
         return (backward_pieces if self.transposed else forward_pieces)(bounds, block, kv_len)
-
-    def _list_rows(self, pattern: HeadPattern, bounds: TileBounds) -> Tensor:
-        found = tile_lists(
-            pattern, self.layout, bounds, self.geometry, self.shape.rows, self.shape.columns, transposed=self.transposed
-        )
-        if not found.exact:
-            self._cuts(pattern)
-        return self._listed(pattern, found)
 
     def _listed(self, pattern: HeadPattern, found: TileLists) -> Tensor:
         base = sum(len(entries) for entries in self.lists)
@@ -340,22 +337,22 @@ class _Patterns:
         by_list = pattern.blocks is not None
         window = torch.full_like(tile, LARGEST_WINDOW if by_list else min(pattern.window, LARGEST_WINDOW))
         if pattern.num_last_tokens:
-            window = self._last_row_windows(pattern, window)
-            self.has_last_rows = self.has_last_rows or bool((window < 0).any())
+            window = self._last_row_windows(window, pattern.num_last_tokens)
         sinks = torch.full_like(tile, 0 if by_list else min(pattern.num_sink_tokens, LARGEST_WINDOW))
         parts = (tile, offset.to(tile.device))
         return torch.cat([torch.stack(parts, -1), pieces, torch.stack((window, sinks), -1)], -1)
 
-    def _last_row_windows(self, pattern: HeadPattern, window: Tensor) -> Tensor:
+    def _last_row_windows(self, window: Tensor, num_last: int) -> Tensor:
         """The windows of tiles: none for dense rows, negative where kernels have to look at each row."""
         geometry, tile = self.geometry, self.shape.rows
+        border = geometry.kv_len - num_last - geometry.offset  # the first dense row
         if self.transposed or not geometry.is_closed_form:
+            self.has_last_rows = True
             return -window
+        self.has_last_rows = self.has_last_rows or (0 < border < geometry.q_len and border % tile > 0)
         first = torch.arange(window.shape[1], device=window.device) * tile
         last = (first + tile).clamp_max(geometry.q_len) - 1
-        border = geometry.kv_len - pattern.num_last_tokens - geometry.offset
-        mixed = torch.where(first >= border, LARGEST_WINDOW, -window)
-        return torch.where(last < border, window, mixed)
+        return torch.where(last < border, window, torch.where(first >= border, LARGEST_WINDOW, -window))
 
     def _cuts(self, pattern: HeadPattern) -> None:
         """Notes that the blocks of this pattern need the element-wise mask."""
