@@ -111,8 +111,8 @@ def cut(
     steps = rows[schedule[:, 0].long(), 7].long()
     whole = torch.zeros_like(steps, dtype=torch.bool) if unknown is None else unknown & (tiles > 0)
     work = steps * group
-    # Of unknown ones the average may be far below the bound: SELECTED_SHARE of it.
-    share = int(torch.where(whole, (work * SELECTED_SHARE).long(), work).sum()) // num_programs + 1
+    # Tiles of unknown length may be short: they do not count, so that the first of a head are cut rather too small.
+    share = int(work.masked_fill(whole, 0).sum()) // num_programs + 1
     parts = torch.ones_like(work)
     if len(work) and int(work.max()) > share:
         size = max(MIN_PART, share // 2)

@@ -55,7 +55,7 @@ def _producer(
 ):  # fmt: skip
     desc_q, desc_k, desc_v, _desc_o = descriptors
     q_s, k_s, v_s = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
+    q_full, q_empty, k_full, k_empty, v_full, _turn = barriers
     message_s, told, heard = message
     rows, schedule, lists = walk
     count = 0  # blocks issued so far: ring slot and phase, carried across tiles
@@ -97,7 +97,8 @@ def _producer(
             mbarrier.wait(k_empty.index(st), ph ^ 1)
             mbarrier.expect(k_full.index(st), desc_k.block_type.nbytes)
             tma.async_copy_global_to_shared(desc_k, [b, kv_head, block * BN, 0], k_full.index(st), k_s.index(st))
-            mbarrier.wait(v_empty.index(st), ph ^ 1)
+            # Values of a block are free when the next one's keys are.
+            mbarrier.wait(k_empty.index((count + 1) % SLOTS), (((count + 1) // SLOTS) & 1) ^ 1)
             mbarrier.expect(v_full.index(st), desc_v.block_type.nbytes)
             tma.async_copy_global_to_shared(desc_v, [b, kv_head, block * BN, 0], v_full.index(st), v_s.index(st))
             count += 1
@@ -170,6 +171,45 @@ def _first_scores(q_t, k_s, k_full, k_empty, count, zero, BN: gl.constexpr, D: g
 
 
 @gluon.jit
+def _step(
+    i, acc, pb, m_i, l_i, q_t, tiles, barriers, count, turns, message_s, base, lists, num_heads, scale, where, zero,
+    s_l: gl.constexpr, p_l: gl.constexpr, row_o: gl.constexpr, cid: gl.constexpr, MASKED: gl.constexpr,
+    SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, LAST: gl.constexpr,
+    ROW_BATCHES: gl.constexpr, HM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Scores of block i under the product of block i - 1's weights and values, then the softmax of block i.
+
+    Every arrival on a barrier makes the warps wait for each other: one tells both the keys and the last values free.
+    """
+    _q_s, k_s, v_s = tiles
+    _q_full, _q_empty, k_full, k_empty, v_full, turn = barriers
+    st = count % SLOTS
+    prev = (count - 1) % SLOTS
+    mbarrier.wait(k_full.index(st), (count // SLOTS) & 1)
+    mbarrier.wait(turn.index(cid), turns & 1)
+    k_t = k_s.index(st).reshape([BN, D]).permute((1, 0))
+    s_t = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(prev), ((count - 1) // SLOTS) & 1)
+    a_t = warpgroup_mma(pb, v_s.index(prev).reshape([BN, D]), acc, is_async=True)
+    mbarrier.arrive(turn.index(1 - cid), count=1)
+    s = warpgroup_mma_wait(1, deps=(s_t,))
+    if MASKED:
+        s = _masked(
+            s, i, message_s, base, lists, num_heads, where, s_l, cid, HM, BN, SIMPLE, CLOSED, CAUSAL, HAS_K_POS, LAST,
+            ROW_BATCHES,
+        )  # fmt: skip
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - m_new[:, None])
+    alpha = gl.exp2(m_i - m_new)
+    l_i = l_i * alpha + gl.sum(p, 1)
+    # pb is an operand in registers: it must outlive the product (ptxas before 13.3 reuses it otherwise).
+    acc, pb = warpgroup_mma_wait(0, deps=(a_t, pb))
+    mbarrier.arrive(k_empty.index(st), count=1)
+    acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+    return acc, gl.convert_layout(p.to(pb.dtype), p_l), m_new, l_i
+
+
+@gluon.jit
 def _consumer(
     cid: gl.constexpr, desc_o, tiles, barriers, message, lists, num_tiles, num_heads, lse, scale, where,
     SIMPLE: gl.constexpr, CLOSED: gl.constexpr, CAUSAL: gl.constexpr, HAS_K_POS: gl.constexpr, LAST: gl.constexpr,
@@ -177,7 +217,7 @@ def _consumer(
     Q_SLOTS: gl.constexpr,
 ):  # fmt: skip
     q_s, k_s, v_s = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    q_full, q_empty, k_full, k_empty, v_full, turn = barriers
     message_s, told, heard = message
     q_len, _kv_len, _offset, _start, _q_start, q_pos, _q_end, _k_pos, _max_distance, _num_dense_rows, _num_last = where
     dtype: gl.constexpr = desc_o.dtype
@@ -216,34 +256,21 @@ def _consumer(
         pb = gl.convert_layout(p.to(dtype), p_l)
         acc = gl.zeros([HM, D], gl.float32, o_l)
         count += 1
-        for i in range(1, steps):
-            st = count % SLOTS
-            prev = (count - 1) % SLOTS
-            mbarrier.wait(k_full.index(st), (count // SLOTS) & 1)
-            mbarrier.wait(turn.index(cid), turns & 1)
+        for i in range(1, gl.minimum(full, steps)):
+            acc, pb, m_i, l_i = _step(
+                i, acc, pb, m_i, l_i, q_t, tiles, barriers, count, turns, message_s, base, lists, num_heads, scale,
+                where, zero, s_l, p_l, row_o, cid, False, SIMPLE, CLOSED, CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, HM, BN,
+                D, SLOTS,
+            )  # fmt: skip
             turns += 1
-            k_t = k_s.index(st).reshape([BN, D]).permute((1, 0))
-            s_t = warpgroup_mma(q_t, k_t, zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(prev), ((count - 1) // SLOTS) & 1)
-            a_t = warpgroup_mma(pb, v_s.index(prev).reshape([BN, D]), acc, is_async=True)
-            mbarrier.arrive(turn.index(1 - cid), count=1)
-            s = warpgroup_mma_wait(1, deps=(s_t,))
-            mbarrier.arrive(k_empty.index(st), count=1)
-            if i >= full:
-                s = _masked(
-                    s, i, message_s, base, lists, num_heads, where, s_l, cid, HM, BN, SIMPLE, CLOSED,
-                    CAUSAL, HAS_K_POS, LAST, ROW_BATCHES,
-                )  # fmt: skip
-            m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
-            p = gl.exp2(s * scale - m_new[:, None])
-            alpha = gl.exp2(m_i - m_new)
-            l_i = l_i * alpha + gl.sum(p, 1)
-            m_i = m_new
-            # pb is an operand in registers: it must outlive the product (ptxas before 13.3 reuses it otherwise).
-            acc, pb = warpgroup_mma_wait(0, deps=(a_t, pb))
-            mbarrier.arrive(v_empty.index(prev), count=1)
-            acc = acc * gl.convert_layout(alpha, row_o)[:, None]
-            pb = gl.convert_layout(p.to(dtype), p_l)
+            count += 1
+        for i in range(gl.maximum(full, 1), steps):
+            acc, pb, m_i, l_i = _step(
+                i, acc, pb, m_i, l_i, q_t, tiles, barriers, count, turns, message_s, base, lists, num_heads, scale,
+                where, zero, s_l, p_l, row_o, cid, True, SIMPLE, CLOSED, CAUSAL, HAS_K_POS, LAST, ROW_BATCHES, HM, BN,
+                D, SLOTS,
+            )  # fmt: skip
+            turns += 1
             count += 1
         prev = (count - 1) % SLOTS
         mbarrier.wait(v_full.index(prev), ((count - 1) // SLOTS) & 1)
@@ -257,7 +284,6 @@ def _consumer(
             ROW_BATCHES,
         )  # fmt: skip
         acc, pb = warpgroup_mma_wait(0, deps=(a_t, pb))
-        mbarrier.arrive(v_empty.index(prev), count=1)
         # The output leaves through the queries' buffer; TMA cuts off rows past q_len.
         q_t.store(gl.where(factor[:, None] > 0, acc * factor[:, None], 0.0).to(dtype))
         fence_async_shared()
@@ -296,7 +322,6 @@ def attention_forward_kernel(
     k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     k_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     message_s = gl.allocate_shared_memory(gl.int32, [2 * MESSAGE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
@@ -308,13 +333,12 @@ def attention_forward_kernel(
         mbarrier.init(k_full.index(j), count=1)
         mbarrier.init(k_empty.index(j), count=CONSUMERS)
         mbarrier.init(v_full.index(j), count=1)
-        mbarrier.init(v_empty.index(j), count=CONSUMERS)
     for j in gl.static_range(2):
         mbarrier.init(told.index(j), count=1)
         mbarrier.init(turn.index(j), count=1)
         mbarrier.init(heard.index(j), count=CONSUMERS)
     fence_async_shared()
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, turn)
     message = (message_s, told, heard)
     descriptors = (desc_q, desc_k, desc_v, desc_o)
     walk = (rows, schedule, lists)
