@@ -6,7 +6,9 @@ A table stands between one of these lines and `<!-- end -->`; NAME is a file of 
 
     <!-- table: NAME -->            all its figures
     <!-- table: NAME / TEXT -->     those whose case contains the text
-    <!-- grid: NAME / TEXT -->      the cases "TEXT, ROW: COLUMN", by row and column
+    <!-- grid: NAME / TEXT -->      the cases "TEXT, ROW: COLUMN", by row and column, with their "COLUMN (95% low)"
+                                    and "COLUMN (95% high)" in brackets
+    <!-- source: NAME -->           where its figures come from
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/training.md", "docs/benchmarks/README.md", "docs/benchmarks/kernels.md")
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>table|grid): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>table|grid|source): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 FORMATS = {"bytes": ",.0f", "s": ",.0f", "tokens": ",.0f", "MiB": ",.1f", "%": ".2f", "nats/token": ".4f"}
+
+ENDS = (" (95% low)", " (95% high)")
 
 
 def number(value: float | None, unit: str) -> str:
@@ -39,20 +43,27 @@ def table(rows: list[dict[str, Any]]) -> str:
         unit = row["unit"]
         cells = [row["case"], *(number(row[key], unit) for key in ("value", "baseline", "must")), unit]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source(rows)])
+
+
+def source(rows: list[dict[str, Any]]) -> str:
+    """The line that says where figures come from."""
     first = rows[0]
-    source = f"{first['hardware']}; {first['software']}; commit {first['commit']}; `{first['command']}`"
-    return "\n".join([*lines, "", source, ""])
+    return f"{first['hardware']}; {first['software']}; commit {first['commit']}; `{first['command']}`\n"
 
 
 def grid(rows: list[dict[str, Any]], text: str) -> str:
     """A Markdown table of the figures whose case is "TEXT, ROW: COLUMN"; columns of one unit stand together."""
     cells: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
+    values = {row["case"]: row["value"] for row in rows}
     for row in rows:
-        if row["case"].startswith(f"{text}, "):
+        if row["case"].startswith(f"{text}, ") and not row["case"].endswith(ENDS):
             name, _, column = row["case"].removeprefix(f"{text}, ").partition(": ")
             bound = f" (bound {row['must']:g})" if row["must"] is not None else ""
-            cells.setdefault(name, {})[column] = number(row["value"], row["unit"]) + bound
+            ends = [values[row["case"] + end] for end in ENDS if row["case"] + end in values]
+            interval = f" [{', '.join(f'{end:.2f}' for end in ends)}]" if ends else ""
+            cells.setdefault(name, {})[column] = number(row["value"], row["unit"]) + bound + interval
             columns[column] = row["unit"]
     units = list(dict.fromkeys(columns.values()))
     ordered = sorted(columns, key=lambda column: units.index(columns[column]))
@@ -79,6 +90,8 @@ def render(text: str, folder: Path = ROOT / "docs" / "benchmarks") -> str:
         part = match["text"]
         if match["kind"] == "grid":
             made = grid(rows, part or "")
+        elif match["kind"] == "source":
+            made = source(rows) if rows else ""
         else:
             chosen = [row for row in rows if part is None or part in row["case"]]
             made = table(chosen) if chosen else ""

@@ -9,6 +9,7 @@ from sparse_hf.adapters import available_families
 from sparse_hf.artefact import load_artefact, save_artefact
 from sparse_hf.auto import AutoSparseModelForCausalLM
 from sparse_hf.cache import SparseCache
+from sparse_hf.capture import CaptureStats, capture
 from sparse_hf.config import LayerRule, SparseConfig
 from sparse_hf.functional import (
     flexprefill_prefill,
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoSparseModelForCausalLM",
     "BigBird",
+    "CaptureStats",
     "Dense",
     "Dilated",
     "Explicit",
@@ -73,6 +75,7 @@ __all__ = [
     "available_families",
     "available_methods",
     "available_presets",
+    "capture",
     "dense",
     "flexprefill_prefill",
     "full_prefill",

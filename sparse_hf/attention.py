@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from sparse_hf.cache import PendingKV
 from sparse_hf.dynamic import LayerHeads, dynamic_attention, dynamic_mixed_attention
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState, get_layer_state
-from sparse_hf_kernels import mixed_attention, sparse_attention
+from sparse_hf_kernels import TokenPositions, mixed_attention, sparse_attention
+
+if TYPE_CHECKING:
+    from sparse_hf.call_record import BranchRecord, CallRecord
 
 ATTENTION_NAME = "sparse_hf"
 
@@ -43,18 +47,57 @@ def sparse_attention_forward(
     """
     state = _checked_state(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    run = _dispatch_recorded if state.recorders else _dispatch
+    out = run(state, query, key, value, attention_mask, position_ids, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dispatch(
+    state: LayerState,
+    query: Tensor,
+    key: Tensor | PendingKV,
+    value: Tensor | PendingKV,
+    attention_mask: ForwardPlan | Tensor | None,
+    position_ids: Tensor | None,
+    scale: float,
+    records: Sequence[CallRecord] = (),
+) -> Tensor:
+    """Output `[batch, num_heads, q_len, head_dim]`; `records` are told what is read."""
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
         _check_length(plan, state)
-        out = _attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale)
-    else:
-        assert isinstance(value, Tensor)
-        plan = _checked_plan(attention_mask, query, key)
-        _check_length(plan, state)
-        # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        out = _attend(state, query, key, value, plan, position_ids, scale)
-    return out.transpose(1, 2).contiguous(), None
+        return _attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
+    assert isinstance(value, Tensor)
+    plan = _checked_plan(attention_mask, query, key)
+    _check_length(plan, state)
+    # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return _attend(state, query, key, value, plan, position_ids, scale, records)
+
+
+# Records hold what graphs cannot.
+@torch.compiler.disable
+def _dispatch_recorded(
+    state: LayerState,
+    query: Tensor,
+    key: Tensor | PendingKV,
+    value: Tensor | PendingKV,
+    attention_mask: ForwardPlan | Tensor | None,
+    position_ids: Tensor | None,
+    scale: float,
+) -> Tensor:
+    # In a backward pass a checkpoint is recomputed, which was recorded the first time.
+    recomputed = torch._C._current_graph_task_id() != -1
+    recorders = () if recomputed else state.recorders
+    records = tuple(recorder.begin(state) for recorder in recorders)
+    out = _dispatch(state, query, key, value, attention_mask, position_ids, scale, records)
+    for recorder, record in zip(recorders, records, strict=True):
+        recorder.add(record)
+    return out
+
+
+def _branch(records: Sequence[CallRecord], name: str) -> list[BranchRecord]:
+    return [record.branches[name] for record in records]
 
 
 def _attend(
@@ -65,11 +108,19 @@ def _attend(
     plan: ForwardPlan,
     position_ids: Tensor | None,
     scale: float,
+    records: Sequence[CallRecord],
 ) -> Tensor:
     gate = state.current_gate()
+    for record in records:
+        record.open(gate, query, key.shape[2])
     if state.selects(gate):
-        return _attend_dynamic(state, gate, query, key, value, plan, position_ids, scale)
+        return _attend_dynamic(state, gate, query, key, value, plan, position_ids, scale, records)
     positions = plan.positions(position_ids)
+    for record in records:
+        assert isinstance(positions, TokenPositions), "nothing is traced while it is recorded"
+        branches = {"deployed": state.layout} if gate is None else {"full": state.full, "sparse": state.sparse}
+        for name, layout in branches.items():
+            record.branches[name].attended(layout, positions, len(query))
     if gate is None:
         return sparse_attention(query, key, value, state.layout, positions=positions, scale=scale)
     return mixed_attention(
@@ -96,25 +147,38 @@ def _attend_dynamic(
     plan: ForwardPlan,
     position_ids: Tensor | None,
     scale: float,
+    records: Sequence[CallRecord],
 ) -> Tensor:
     known = plan.known
     if "positions" not in known:
         known["positions"] = plan.compute_positions(position_ids)
     call: dict[str, Any] = {"positions": known["positions"], "scale": scale, "known": known}
     if gate is None:
-        return dynamic_attention(query, key, value, LayerHeads.of(state.layout, state.methods), **call)
+        heads = LayerHeads.of(state.layout, state.methods)
+        return dynamic_attention(query, key, value, heads, records=_branch(records, "deployed"), **call)
     full = LayerHeads.of(state.full, state.full_methods)
     sparse = LayerHeads.of(state.sparse, state.sparse_methods)
-    return dynamic_mixed_attention(query, key, value, gate, full, sparse, skip_saturated=state.skip_saturated, **call)
+    told = _branch(records, "full"), _branch(records, "sparse")
+    call |= {"skip_saturated": state.skip_saturated, "records": told}
+    return dynamic_mixed_attention(query, key, value, gate, full, sparse, **call)
 
 
 def _attend_cached(
-    state: LayerState, query: Tensor, pending: PendingKV, plan: ForwardPlan, position_ids: Tensor | None, scale: float
+    state: LayerState,
+    query: Tensor,
+    pending: PendingKV,
+    plan: ForwardPlan,
+    position_ids: Tensor | None,
+    scale: float,
+    records: Sequence[CallRecord],
 ) -> Tensor:
     if state.current_gate() is not None:
         raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
     if pending.layer.layout != state.layout:
         raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
+    for record in records:
+        record.open(None, query, pending.layer.num_tokens + query.shape[2], by_position=True)
+    told = _branch(records, "deployed")
     groups = pending.store(plan, position_ids)
     batch, _, q_len, head_dim = query.shape
     grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
@@ -125,8 +189,11 @@ def _attend_cached(
         if layout.selects:
             heads = LayerHeads.of(state.layout, state.methods).select(group.heads)
             # Dynamic heads keep every key: their groups have the same positions in all layers.
-            attended = dynamic_attention(*inputs, heads, positions=positions, scale=scale, known=plan.known)
+            known = plan.known
+            attended = dynamic_attention(*inputs, heads, positions=positions, scale=scale, known=known, records=told)
         else:
+            for branch in told:
+                branch.attended(layout, positions, batch, group.heads)
             attended = sparse_attention(*inputs, layout, positions=positions, scale=scale)
         out.index_copy_(1, group.index, attended.unflatten(1, (len(group.heads), -1)))
     pending.release()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from sparse_hf.methods.base import Method
 from sparse_hf.methods.dynamic import DynamicMethod, merge, put_heads, take_heads
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout, BlockSelection, HeadPattern, TokenPositions, sparse_attention
 from sparse_hf_kernels.capture import may_read
+
+if TYPE_CHECKING:
+    from sparse_hf.call_record import BranchRecord
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +84,7 @@ def dynamic_attention(
     positions: TokenPositions,
     scale: float,
     known: MutableMapping[str, Any] | None = None,
+    records: Sequence[BranchRecord] = (),
 ) -> Tensor:
     """Sparse attention of a layer of which some heads choose by q and k; differentiable in q, k and v.
 
@@ -92,6 +96,7 @@ def dynamic_attention(
         scale: factor on the scores.
         known: kept between the calls of one forward pass, so that only the first reads positions from the device. The
             keys of all these calls must stand at the same positions.
+        records: told what is read.
 
     Returns:
         `[batch, num_heads, q_len, head_dim]`.
@@ -101,21 +106,34 @@ def dynamic_attention(
     """
     if q.shape[2] <= 1 or not heads.layout.selects:
         layout = without_selection(heads.layout)
+        for record in records:
+            record.attended(layout, positions, len(q), heads.numbers)
         return sparse_attention(q, k, v, layout, positions=positions, scale=scale)
     if positions.offset is not None and positions.k_offset == 0:
         k, v = (x[:, :, : positions.offset + q.shape[2]] for x in (k, v))
-        return attend_unpadded(q, k, v, heads, scale=scale)[0]
+        return attend_unpadded(q, k, v, heads, scale=scale, records=records)[0]
     known = {} if known is None else known
     if "sequences" not in known:
         known["sequences"] = split_sequences(positions, len(q))
-    return _attend_split(q, k, v, heads, known["sequences"], scale)
+    return _attend_split(q, k, v, heads, known["sequences"], scale, records)
 
 
 @torch.compiler.disable
 def attend_unpadded(
-    q: Tensor, k: Tensor, v: Tensor, heads: LayerHeads, *, scale: float, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: LayerHeads,
+    *,
+    scale: float,
+    return_lse: bool = False,
+    records: Sequence[BranchRecord] = (),
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and, if asked for, log-sum-exp where the queries are the last of each row's unpadded keys."""
+    """Output and, if asked for, log-sum-exp where the queries are the last of each row's unpadded keys.
+
+    `records` are told what is read, and that the rows are these `sequences` of a batch.
+    """
     q_len, kv_len = q.shape[2], k.shape[2]
     layout, selection = heads.layout, None
     if q_len <= 1 or not layout.selects or kv_len <= _dense_len(heads):
@@ -123,6 +141,8 @@ def attend_unpadded(
     else:
         selection = select_blocks(q, k, heads, scale=scale)
     positions = TokenPositions.causal(q_len, kv_len, q.device)
+    for record in records:
+        record.attended(layout, positions, len(q), heads.numbers, selection, sequences)
     if return_lse:
         return sparse_attention(q, k, v, layout, positions=positions, selection=selection, scale=scale, return_lse=True)
     return sparse_attention(q, k, v, layout, positions=positions, selection=selection, scale=scale), None
@@ -214,7 +234,13 @@ def _check_complete(q_positions: Tensor, k_positions: Tensor) -> None:
 
 
 def _attend_split(
-    q: Tensor, k: Tensor, v: Tensor, heads: LayerHeads, sequences: Sequence[Sequences], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: LayerHeads,
+    sequences: Sequence[Sequences],
+    scale: float,
+    records: Sequence[BranchRecord],
 ) -> Tensor:
     """Padding gives 0."""
     batch, _, q_len, _ = q.shape
@@ -222,7 +248,7 @@ def _attend_split(
     parts = []
     for group in sequences:
         inputs = _gather(flat_q, group.queries), _gather(flat_k, group.keys), _gather(flat_v, group.keys)
-        out, _ = attend_unpadded(*inputs, heads, scale=scale)
+        out, _ = attend_unpadded(*inputs, heads, scale=scale, records=records, sequences=group)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     out = flat_v.new_zeros(batch * q_len, q.shape[1], v.shape[3])
     if parts:
@@ -248,19 +274,23 @@ def dynamic_mixed_attention(
     scale: float,
     skip_saturated: bool = False,
     known: MutableMapping[str, Any] | None = None,
+    records: tuple[Sequence[BranchRecord], Sequence[BranchRecord]] = ((), ()),
 ) -> Tensor:
-    """`sparse_hf_kernels.mixed_attention` where a branch has dynamic heads; `known` as in `dynamic_attention`."""
+    """`sparse_hf_kernels.mixed_attention` where a branch has dynamic heads.
+
+    `known` and, for each branch, `records` are those of `dynamic_attention`.
+    """
     num_kv_heads, group = len(gate), q.shape[1] // len(gate)
     values = gate.tolist() if skip_saturated else [None] * num_kv_heads
     z = gate.float().repeat_interleave(group, output_size=q.shape[1])[:, None, None]
     total = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float32, device=q.device)
-    for branch, weight, left_out in ((full, z, 0), (sparse, 1 - z, 1)):
+    for branch, weight, left_out, told in ((full, z, 0, records[0]), (sparse, 1 - z, 1, records[1])):
         picked = [head for head in range(num_kv_heads) if values[head] != left_out]
         if not picked:
             continue
         rows = [head * group + n for head in picked for n in range(group)]
         inputs = take_heads(q, rows), take_heads(k, picked), take_heads(v, picked), branch.select(picked)
-        out = dynamic_attention(*inputs, positions=positions, scale=scale, known=known).float()
+        out = dynamic_attention(*inputs, positions=positions, scale=scale, known=known, records=told).float()
         out = out if len(picked) == num_kv_heads else put_heads(out, rows, q.shape[1])
         total = total + weight * out
     return total.to(q.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _PART = re.compile(r"(\d*)-(\d*)|(\d+)")
 
@@ -38,3 +39,14 @@ def parse_ranges(text: str, count: int | None, *, what: str = "index") -> list[i
             raise ValueError(f"{what} range {part!r} goes beyond the last {what}, {count - 1}")
         chosen.update(range(first, last + 1))
     return sorted(chosen)
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """The text that `parse_ranges` reads as these numbers: "0-3,8"."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from sparse_hf.methods.base import Method
 from sparse_hf_kernels import AttentionLayout
+
+if TYPE_CHECKING:
+    from sparse_hf.call_record import Recorder
 
 _ATTRIBUTE = "_sparse_hf_layer"
 
@@ -25,6 +29,7 @@ class LayerState:
         gate: returns the gates `[num_kv_heads]` that are being learned, or None when the deployed layout counts.
         skip_saturated: the gates have no gradient where they are exactly 0 or 1.
         max_position: tokens that the model was made for.
+        recorders: of the captures that are under way.
     """
 
     layer_idx: int
@@ -37,6 +42,7 @@ class LayerState:
     sparse_methods: tuple[Method, ...] = ()
     gate: Callable[[], Tensor | None] | None = None
     skip_saturated: bool = False
+    recorders: tuple[Recorder, ...] = ()
 
     def selects(self, gate: Tensor | None) -> bool:
         """Some head that the call needs chooses by q and k."""

@@ -107,7 +107,7 @@ def model_preset(method: str, model: str) -> ModelPreset:
     if key in of_method:
         return of_method[key]
     if method in CALIBRATED_METHODS:
-        remedy = f"calibrate it: sparse-hf calibrate {method} --model {model} --data TEXT"
+        remedy = f"calibrate it: sparse-hf calibrate {method} --model {model} --data TEXT --out DIR"
     else:
         remedy = f"it needs none: give SparseConfig(sparse={method!r}) the parameters you want"
     known = f" (but for {', '.join(of_method)})" if of_method else ""

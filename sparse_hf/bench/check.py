@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparse_hf.bench.contenders import Call
-from sparse_hf_kernels import AttentionLayout, TokenPositions, sparse_attention_reference
+from sparse_hf_kernels import AttentionLayout, BlockSelection, TokenPositions, sparse_attention_reference
 
 MAX_RELATIVE_ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 """Frobenius. What rounding alone costs is a third of it: 2^-9 for a bf16 output, as much for weights and gradients."""
@@ -32,6 +33,8 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def check_forward(call: Call, inputs: Sequence[Tensor], layout: AttentionLayout) -> float:
     """Largest relative error of three slices of query rows of the timed problem itself: first, middle, last.
 
+    Heads of selected patterns are held against what the call says it selected.
+
     Raises:
         WrongResultError: if it exceeds `MAX_RELATIVE_ERROR`.
     """
@@ -51,9 +54,16 @@ def check_forward(call: Call, inputs: Sequence[Tensor], layout: AttentionLayout)
             layout,
             positions=TokenPositions.causal(rows, seq_len, q.device, q_offset=start),
             scale=q.shape[-1] ** -0.5,
+            selection=None if call.selection is None else _rows(call.selection, start, end),
         )
         worst = _worse(worst, relative_error(out[:, :, start:end], truth))
     return _accepted(worst, q.dtype, f"output of {seq_len} tokens")
+
+
+def _rows(selection: BlockSelection, start: int, end: int) -> BlockSelection:
+    """What it says of queries [start, end) of a call that begins at 0, as a selection of theirs."""
+    blocks = slice(start // selection.block_size, -(-end // selection.block_size))
+    return replace(selection, counts=selection.counts[:, :, blocks], indices=selection.indices[:, :, blocks])
 
 
 def check_backward(call: Call, truth: Call, dtype: torch.dtype) -> float:

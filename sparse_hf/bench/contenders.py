@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from sparse_hf.bench.workload import Shape
+from sparse_hf.dynamic import LayerHeads, attend_unpadded, select_blocks
+from sparse_hf.methods import DynamicMethod
 from sparse_hf_kernels import (
     AttentionLayout,
     AttentionRequest,
+    BlockSelection,
     mixed_attention,
     select_backend,
     sparse_attention,
@@ -31,12 +34,14 @@ class Call:
         inputs: the leaves that a backward differentiates.
         heads_first: the output is `[batch, heads, length, head_dim]`, else `[batch, length, heads, head_dim]`.
         held_bytes: device memory that it keeps from call to call beside its inputs: an index, say.
+        selection: what the heads of selected patterns read of these inputs.
     """
 
     forward: Callable[[], Tensor]
     inputs: tuple[Tensor, ...]
     heads_first: bool = True
     held_bytes: int = 0
+    selection: BlockSelection | None = None
 
 
 class Contender(Protocol):
@@ -85,6 +90,11 @@ class SparseHF:
     def name(self) -> str:
         return f"sparse_hf {self.backend}" if self.backend else "sparse_hf"
 
+    @property
+    def selected_blocks(self) -> int | None:
+        """Block size of what it selects by q and k, if it does."""
+        return None
+
     def chosen_backend(self, shape: Shape, layout: AttentionLayout) -> str:
         """The backend that dispatch picks.
 
@@ -97,6 +107,7 @@ class SparseHF:
             dtype=shape.dtype,
             head_dim=shape.head_dim,
             layout=layout,
+            selected_blocks=self.selected_blocks,
             num_rows=shape.num_heads,
             dense_len=dense_len(shape.seq_len, shape.seq_len, layout, None),
         )
@@ -118,6 +129,39 @@ class SparseHF:
                 return sparse_attention(q, k, v, layout)
 
         return Call(forward=forward, inputs=(q, k, v))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicHF(SparseHF):
+    """A dynamic method on all heads, whose layout is of selected patterns: every call chooses, then attends."""
+
+    method: DynamicMethod
+
+    @property
+    def selected_blocks(self) -> int:
+        return self.method.block_size
+
+    def refuses(self, shape: Shape, layout: AttentionLayout) -> str | None:
+        # There the forced blocks are all.
+        if shape.seq_len <= 2 * self.method.block_size:
+            return f"reads every key of {shape.seq_len} tokens and chooses nothing"
+        return super().refuses(shape, layout)
+
+    def select(self, q: Tensor, k: Tensor, layout: AttentionLayout) -> BlockSelection:
+        """The choice alone."""
+        return select_blocks(q.detach(), k.detach(), self._heads(layout), scale=q.shape[-1] ** -0.5)
+
+    def bind(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Call:
+        heads, scale = self._heads(layout), q.shape[-1] ** -0.5
+
+        def forward() -> Tensor:
+            with _forced(self.backend):
+                return attend_unpadded(q, k, v, heads, scale=scale)[0]
+
+        return Call(forward=forward, inputs=(q, k, v), selection=self.select(q, k, layout))
+
+    def _heads(self, layout: AttentionLayout) -> LayerHeads:
+        return LayerHeads.of(layout, (self.method,) * layout.num_kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)

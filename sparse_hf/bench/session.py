@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_hf.bench.check import WrongResultError, check_backward, check_forward
 from sparse_hf.bench.contenders import Call, Contender, MixedHF, SparseHF
 from sparse_hf.bench.timing import Clock, Sample, alternate
-from sparse_hf.bench.workload import Direction, Shape, density, make_inputs, useful_flops
+from sparse_hf.bench.workload import Direction, Shape, density, make_inputs, selected_density, useful_flops
 from sparse_hf_kernels import AttentionLayout, TokenPositions
 from sparse_hf_kernels.mixed_attention import mixed_attention_reference
 from sparse_hf_kernels.sparse_attention import sparse_attention_reference
@@ -108,6 +108,7 @@ class Session:
         peers: whom to compare with.
         budget_ms: measuring time per contender.
         matmul_size: of the product that stands for the ceiling.
+        inputs: makes q, k and v of a shape, leaves; the same ones each time.
     """
 
     device: torch.device
@@ -116,6 +117,7 @@ class Session:
     peers: Sequence[Contender]
     budget_ms: float
     matmul_size: int = 8192
+    inputs: Callable[[Shape, torch.device], tuple[Tensor, Tensor, Tensor]] = make_inputs
     measurements: list[Measurement] = field(default_factory=list)
     others: list[Other] = field(default_factory=list)
     absences: list[Absence] = field(default_factory=list)
@@ -140,29 +142,30 @@ class Session:
         """
         inputs: dict[Shape, tuple[Tensor, Tensor, Tensor]] = {}
         runs: dict[str, Callable[[], object]] = {}
-        ready: dict[str, tuple[Entry, float | None, float | None]] = {}
+        ready: dict[str, tuple[Entry, float | None, float | None, float | None]] = {}
         for entry in entries:
             try:
                 if reason := entry.contender.refuses(entry.shape, entry.layout):
                     self.miss(case, entry.label, reason)
                     continue
                 if entry.shape not in inputs:
-                    inputs[entry.shape] = make_inputs(entry.shape, self.device)
+                    inputs[entry.shape] = self.inputs(entry.shape, self.device)
                 error = self._check(entry, inputs[entry.shape], direction)
                 call = entry.contender.bind(*inputs[entry.shape], entry.layout)
                 run = timed_call(call, direction)
                 peak = self._warm_up(run)
                 peak = None if peak is None else peak + call.held_bytes / 2**20
+                kept = None if call.selection is None else selected_density(call.selection, entry.shape.seq_len)
             except Exception as failure:
                 where = f"{entry.label}, {entry.shape.seq_len} tokens"
                 self.failed(case, where, failure, ours=entry.is_ours)
                 continue
             runs[entry.label] = run
-            ready[entry.label] = (entry, error, peak)
+            ready[entry.label] = (entry, error, peak, kept)
         found = {}
         for label, sample in alternate(runs, clock or self.clock, budget_ms=self.budget_ms).items():
-            entry, error, peak = ready[label]
-            found[label] = self._measurement(case, entry, direction, sample, error, peak)
+            entry, error, peak, kept = ready[label]
+            found[label] = self._measurement(case, entry, direction, sample, error, peak, kept)
         self.measurements += found.values()
         runs.clear()
         inputs.clear()
@@ -245,10 +248,13 @@ class Session:
         sample: Sample,
         error: float | None,
         peak: float | None,
+        kept: float | None,
     ) -> Measurement:
         contender, shape = entry.contender, entry.shape
-        # The two-branch operator's work is that of its dense branch, which holds the other.
-        layout = AttentionLayout.dense(shape.num_kv_heads) if isinstance(contender, MixedHF) else entry.layout
+        # The two-branch operator's work is that of its dense branch, which holds the other; that of a selection is a
+        # share of it.
+        of_dense = kept is not None or isinstance(contender, MixedHF)
+        layout = AttentionLayout.dense(shape.num_kv_heads) if of_dense else entry.layout
         return Measurement(
             case=case,
             contender=contender.name,
@@ -257,8 +263,8 @@ class Session:
             direction=direction,
             backend=contender.chosen_backend(shape, entry.layout) if isinstance(contender, SparseHF) else "",
             shape=shape,
-            density=density(layout, shape.seq_len),
-            flops=useful_flops(shape, layout, direction),
+            density=density(layout, shape.seq_len) if kept is None else kept,
+            flops=useful_flops(shape, layout, direction) * (1 if kept is None else kept),
             sample=sample,
             relative_error=error,
             peak_mib=peak,

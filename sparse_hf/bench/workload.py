@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern
+from sparse_hf.call_counts import selected_counts
+from sparse_hf_kernels import AttentionLayout, BlockList, BlockSelection, HeadPattern
 
 Direction = Literal["forward", "backward", "both"]
 
@@ -91,6 +92,13 @@ def kept_pairs(layout: AttentionLayout, seq_len: int) -> int:
 def density(layout: AttentionLayout, seq_len: int) -> float:
     """Kept pairs over those of dense causal attention."""
     return kept_pairs(layout, seq_len) / (layout.num_kv_heads * seq_len * (seq_len + 1) // 2)
+
+
+def selected_density(selection: BlockSelection, seq_len: int) -> float:
+    """Pairs that a selection of a whole sequence keeps over those of dense causal attention, all heads together."""
+    batch, num_heads, _ = selection.counts.shape
+    pairs = int(selected_counts(selection, 0, seq_len)[0].sum())
+    return pairs / (batch * num_heads * seq_len * (seq_len + 1) // 2)
 
 
 def useful_flops(shape: Shape, layout: AttentionLayout, direction: Direction) -> float:

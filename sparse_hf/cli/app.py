@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from sparse_hf.cli.bench import bench
+from sparse_hf.cli.calibrate import calibrate
 from sparse_hf.cli.env import env
 from sparse_hf.cli.export import export
 from sparse_hf.cli.import_ import import_
@@ -34,7 +35,7 @@ _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "env": (env, "sparse-hf env --json"),
 }
 
-_GROUPS = {"bench": bench, "tune": tune}
+_GROUPS = {"bench": bench, "calibrate": calibrate, "tune": tune}
 
 
 def build_app(args: Sequence[str] = ()) -> typer.Typer:

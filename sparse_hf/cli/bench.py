@@ -84,6 +84,34 @@ def patterns(
     _run(pattern_benchmark(options), out, as_json)
 
 
+@bench.command(epilog="Example:\n\nsparse-hf bench methods --methods xattention,streaming --seq-lens 32768")
+def methods(
+    methods: Annotated[
+        str, typer.Option(help="Such as streaming or xattention, separated by commas; all by default.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="8192 and 32768 tokens only, shorter samples.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for methods.json and methods.csv.")] = Path("docs/benchmarks"),
+    seq_lens: Annotated[str, typer.Option(help="In place of 8192, 32768, 131072, separated by commas.")] = "",
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of the heads.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time the prefill of every method beside dense SDPA, selection included, each checked before it is timed."""
+    from sparse_hf.bench.method_plan import MethodOptions
+    from sparse_hf.bench.methods import method_benchmark
+
+    options = MethodOptions(
+        methods=names(methods),
+        quick=quick,
+        seq_lens=numbers("--seq-lens", seq_lens),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
+    _run(method_benchmark(options), out, as_json)
+
+
 def _run(benchmark: Benchmark, out: Path, as_json: bool) -> None:
     """Runs a benchmark on the GPU with progress, writes its files and shows its figures."""
     from sparse_hf.bench.report import summary_rows

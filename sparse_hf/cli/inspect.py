@@ -1,4 +1,4 @@
-"""`sparse-hf inspect`: what an artefact, a configuration or a method does at a length, from shapes alone."""
+"""`sparse-hf inspect`: what an artefact, a configuration or a method does at a length, from shapes or in one run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.plots import plot_head_masks
 from sparse_hf.sparsify import resolve_spec
 from sparse_hf.summary import summarize, summary_table
+
+DEFAULT_SEQ_LEN = 8192
 
 
 class Dtype(StrEnum):
@@ -53,27 +55,46 @@ def inspect(
     parameters: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parameters of a method.", show_default=False)
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 8192,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of each sequence; by default 8192, with --run no more than the model takes."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     sparse: Annotated[
         str | None, typer.Option(help="Preset, .json or .yaml file, artefact or Hub id to look at on the model TARGET.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the cache; by default the model's, else bfloat16.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the cache, with --run of all; else the model's own.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of TARGET on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Also write a map of heads, or of a pattern, to this image.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Read the weights, run text once, and show what attention really read.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="With --run: a .txt, .jsonl or .parquet file, folder or Hub data set; else the demo's books."
+        ),
     ] = None,
     layer: Annotated[int, typer.Option(min=0, help="Of a method: the layer's number.")] = 0,
     num_heads: Annotated[int, typer.Option(min=1, help="Of a method: query heads of the layer.")] = 32,
     num_kv_heads: Annotated[int, typer.Option(min=1, help="Of a method: KV heads of the layer.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Of a method.")] = 128,
 ) -> None:
-    """Show head sparsity, attention density and KV bytes per layer, or what a static method keeps. Reads no weights."""
+    """Show head sparsity, attention density and KV bytes per layer, or what a static method keeps.
+
+    Reads no weights, except with --run: then densities are those of a forward pass over text, per layer and query head.
+    """
+    if data is not None and not run:
+        raise ValueError("--data is the text of a run; add --run")
     if sparse is None and names_method(target):
+        if run:
+            raise ValueError(f"--run needs a model: sparse-hf inspect MODEL --sparse {target} --run")
         inspect_method(
             read_method(target, parameters or ()),
-            seq_len=seq_len,
+            seq_len=seq_len or DEFAULT_SEQ_LEN,
             layer=layer,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -85,8 +106,32 @@ def inspect(
         return
     if parameters:
         raise ValueError(f"key=value parameters go with a method, and {target!r} is none; got {parameters}")
+    if run:
+        from sparse_hf.cli.inspect_run import inspect_run
+
+        if sparse is None:
+            _check_artefact(target)
+        inspect_run(
+            target,
+            sparse=sparse,
+            revision=revision,
+            data=data,
+            seq_len=seq_len,
+            batch=batch,
+            dtype="auto" if dtype is None else dtype.value,
+            plot=plot,
+            as_json=as_json,
+        )
+        return
     subject = _from_artefact(target, revision) if sparse is None else _from_model(target, sparse, revision)
     element = getattr(torch, dtype.value) if dtype is not None else subject.dtype
+    _inspect_shapes(target, subject, element, seq_len or DEFAULT_SEQ_LEN, batch, plot, as_json)
+
+
+def _inspect_shapes(
+    target: str, subject: _Subject, element: torch.dtype, seq_len: int, batch: int, plot: Path | None, as_json: bool
+) -> None:
+    """Prints sparsity, density and bytes by formula, and draws the head masks."""
     # As `sparsify` would resolve it on the device that this machine offers.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = resolve_min_seq_len(subject.config, device=device, head_dim=subject.shape.head_dim)
@@ -120,9 +165,14 @@ def inspect(
     )
 
 
-def _from_artefact(target: str, revision: str | None) -> _Subject:
+def _check_artefact(target: str) -> None:
+    """Raises ValueError for a model's folder."""
     if (Path(target) / "config.json").is_file() and not (Path(target) / "sparse_config.json").is_file():
         raise ValueError(f"{target} is a model and no artefact; say how it shall be sparse with --sparse")
+
+
+def _from_artefact(target: str, revision: str | None) -> _Subject:
+    _check_artefact(target)
     artefact = load_artefact(find_artefact(target, revision))
     return _Subject(
         base_model=artefact.base_model_name_or_path,
