@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/training.md", "docs/benchmarks/README.md", "docs/benchmarks/kernels.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/methods.md",
+    "docs/training.md",
+    "docs/benchmarks/README.md",
+    "docs/benchmarks/kernels.md",
+    "docs/benchmarks/patterns.md",
+)
 BLOCK = re.compile(
     r"(<!-- (?P<kind>table|grid|source): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
