@@ -1,9 +1,12 @@
-"""Configurations by name, for a first look without learned masks; "method:model" names a published setting."""
+"""Configurations by name, for a first look without learned masks; "method:model" names a published setting.
+
+A method's name alone is every head under that method with its defaults.
+"""
 
 from __future__ import annotations
 
 from sparse_hf.config import SparseConfig
-from sparse_hf.methods import Dense, SlidingWindow, Streaming, available_methods
+from sparse_hf.methods import Dense, Explicit, Method, SlidingWindow, Streaming, available_methods, method_from_dict
 from sparse_hf.model_presets import MODEL_PRESETS, model_preset
 
 _PRESETS: dict[str, tuple[str, SparseConfig]] = {
@@ -29,14 +32,20 @@ _PRESETS: dict[str, tuple[str, SparseConfig]] = {
 
 def available_presets() -> dict[str, str]:
     """What each preset is, by name."""
+    methods = {name: f"every head {name}: {kind.summary}" for name, kind in _plain_methods().items()}
     published = {preset.name: f"{preset.about} ({preset.source})" for preset in MODEL_PRESETS}
-    return {**{name: text for name, (text, _) in _PRESETS.items()}, **published}
+    return {**{name: text for name, (text, _) in _PRESETS.items()}, **methods, **published}
+
+
+def _plain_methods() -> dict[str, type[Method]]:
+    """Methods without a preset of their name that need no parameter."""
+    return {name: kind for name, kind in available_methods().items() if name not in _PRESETS and kind is not Explicit}
 
 
 def names_preset(text: str) -> bool:
     """Whether the text is a preset's name, or has the form "method:model" of one."""
     method, colon, _ = text.partition(":")
-    return text in _PRESETS or bool(colon and method in available_methods())
+    return text in _PRESETS or text in _plain_methods() or bool(colon and method in available_methods())
 
 
 def preset(name: str, model: str | None = None) -> SparseConfig:
@@ -53,6 +62,8 @@ def preset(name: str, model: str | None = None) -> SparseConfig:
     if model is None and ":" in name:
         name, _, model = name.partition(":")
     if model is None:
+        if name in _plain_methods():
+            return SparseConfig(sparse=method_from_dict(name))
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(available_presets())}")
         return _PRESETS[name][1]

@@ -16,7 +16,9 @@ from sparse_hf import (
     available_presets,
     sparsify,
 )
+from sparse_hf.methods import method_class
 from sparse_hf.model_presets import MODEL_PRESETS, model_key
+from sparse_hf.sparsify import resolve_spec
 
 HEADS = 2
 
@@ -86,12 +88,19 @@ def test_sparsify_takes_the_name_of_a_published_setting(make_model: Callable) ->
         (("bigbird", "qwen3-8b"), "it needs none: give SparseConfig.sparse='bigbird'"),
         (("nonesuch", "qwen3-8b"), "unknown method 'nonesuch'; known: dense"),
         (("nonesuch",), "unknown preset 'nonesuch'; known: dense"),
-        (("triangle",), "unknown preset 'triangle'; known: .*triangle:llama-3.1-8b"),
+        (("explicit",), "unknown preset 'explicit'; known: .*triangle:llama-3.1-8b"),
     ],
 )
 def test_what_is_not_published(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparseConfig.preset(*arguments)
+
+
+@pytest.mark.parametrize("name", ["triangle", "bigbird", "xattention"])
+def test_a_method_alone_is_every_head_under_it(name: str) -> None:
+    config, artefact = resolve_spec(name)
+    assert artefact is None and config == SparseConfig(sparse=method_class(name)(), head_masks="all_sparse")
+    assert name in available_presets()
 
 
 @pytest.mark.parametrize(
