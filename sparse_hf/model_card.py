@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_hf.artefact import Artefact, load_artefact
 from sparse_hf.break_even import described
 from sparse_hf.hub import is_hub_id
-from sparse_hf.methods import Method
+from sparse_hf.methods import Dense, Method
 from sparse_hf.plots import has_matplotlib, plot_head_masks
 
 CARD_FILE = "README.md"
@@ -66,9 +66,11 @@ def _overview(artefact: Artefact) -> Iterator[str]:
     sparsity = _sparsity(artefact.head_masks)
     num_sparse = int((artefact.head_masks == 0).sum())
     yield f"# Sparse attention for {name}"
+    dense = isinstance(config.full, Dense) and all(rule.full is None for rule in config.rules)
     yield (
-        f"{num_sparse} of {artefact.head_masks.numel()} KV heads ({sparsity:.1%}) read a sparse pattern, the others "
-        "every key. Prefill skips what sparse heads do not read, and the cache frees it."
+        f"{num_sparse} of {artefact.head_masks.numel()} KV heads ({sparsity:.1%}) are sparse heads, the others "
+        f"{'read every key' if dense else 'full heads, with methods of their own'}. Prefill skips what heads do not "
+        "read, and the cache frees what they cannot read any more."
     )
     rows = [
         ["base model", f"`{artefact.base_model_name_or_path}`"],

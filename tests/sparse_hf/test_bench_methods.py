@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -22,42 +22,17 @@ from sparse_hf.bench.peers import CUDNN, FLASH
 from sparse_hf.bench.planted import LOCAL_LOGIT, NUM_TOPICS, TOPIC_LOGIT, planted_inputs
 from sparse_hf.bench.runner import run_benchmark, write_files
 from sparse_hf.bench.session import Session
+from sparse_hf.bench.testing import FakeClock, FakePeer
 from sparse_hf.bench.workload import Shape, make_inputs, selected_density
 from sparse_hf.cli import main
 from sparse_hf.figures import Figure
 from sparse_hf.methods import Explicit, FlexPrefill, MInference, XAttention, available_methods
-from sparse_hf_kernels import AttentionLayout, BlockSelection, HeadPattern, sparse_attention
+from sparse_hf_kernels import AttentionLayout, BlockSelection, HeadPattern
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("streaming", "triangle", "local_global", "xattention", "minference-adaptive")
 TINY = MethodOptions(methods=NAMES, num_heads=4, num_kv_heads=2, head_dim=16, seq_lens=(256, 1000))
-
-
-class FakeClock:
-    """Gives each label the milliseconds that `times` says, 1 by default, and runs nothing."""
-
-    def __init__(self, times: Mapping[str, float] | None = None) -> None:
-        self.times = dict(times or {})
-
-    def record(self, label: str, call: Callable[[], object]) -> float:
-        return self.times.get(label, 1.0)
-
-    def read(self, handles: Sequence[float]) -> list[float]:
-        return list(handles)
-
-
-class Peer:
-    """Attends densely under a name; `factor` spoils its output."""
-
-    def __init__(self, name: str, factor: float = 1.0) -> None:
-        self.name, self.factor = name, factor
-
-    def refuses(self, shape: Shape, layout: AttentionLayout) -> str | None:
-        return None
-
-    def bind(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Call:
-        return Call(forward=lambda: sparse_attention(q, k, v, layout) * self.factor, inputs=(q, k, v))
 
 
 def make_session(clock: FakeClock | None = None, *peers: Contender) -> Session:
@@ -165,7 +140,7 @@ def test_outputs_are_held_against_what_was_selected(method: XAttention, seq_len:
 
 def test_figures_follow_from_the_times() -> None:
     times = {"SDPA cuDNN, dense": 8.0, "SDPA flash, dense": 9.0, "sparse_hf, xattention": 2.0, "xattention": 0.5}
-    session = make_session(FakeClock(times), Peer(CUDNN.name), Peer(FLASH.name))
+    session = make_session(FakeClock(times), FakePeer(CUDNN.name), FakePeer(FLASH.name))
     figures = measure_methods(session, TINY, TINY.shape(1000))
     assert not session.absences
     found, title = values(figures), "prefill of 1000 tokens"
@@ -188,7 +163,7 @@ def test_figures_follow_from_the_times() -> None:
 
 
 def test_what_cannot_take_part_is_absent() -> None:
-    session = make_session(None, Peer(CUDNN.name, factor=1.05))
+    session = make_session(None, FakePeer(CUDNN.name, factor=1.05))
     found = values(measure_methods(session, TINY, TINY.shape(256)))
     assert {case.split(", ")[1].split(":")[0] for case in found} == {"streaming", "triangle", "local_global"}
     assert not any("cuDNN" in case for case in found), "without cuDNN no ratio"
@@ -221,7 +196,7 @@ def test_a_run_leaves_what_a_table_shows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, figure_keys: set[str]
 ) -> None:
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
-    benchmark = method_benchmark(TINY, (Peer(CUDNN.name),))
+    benchmark = method_benchmark(TINY, (FakePeer(CUDNN.name),))
     steps: list[str] = []
     result = run_benchmark(benchmark, make_session(FakeClock({"sparse_hf, streaming": 0.25})), progress=steps.append)
     assert not result.failed, result.session.absences

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -14,49 +14,24 @@ import torch
 from torch import Tensor
 
 from sparse_hf.bench import cuda_session
-from sparse_hf.bench.contenders import Call, Contender
+from sparse_hf.bench.contenders import Contender
 from sparse_hf.bench.pattern_plan import BOUND_LEN, FULL, PATTERNS, PatternOptions
 from sparse_hf.bench.patterns import SAME_TIME, break_even_figures, measure_patterns, pattern_benchmark, pattern_peers
 from sparse_hf.bench.peers import CUDNN, FLASH, flex_block_mask
 from sparse_hf.bench.report import summary_rows
 from sparse_hf.bench.runner import run_benchmark, write_files
 from sparse_hf.bench.session import Entry, Measurement, Session
+from sparse_hf.bench.testing import FakeClock, FakePeer
 from sparse_hf.bench.torch_sparse import Csr, TorchSparse
 from sparse_hf.bench.workload import Direction, Shape, density, make_inputs, random_blocks, uniform
 from sparse_hf.cli import main
 from sparse_hf.figures import Figure
 from sparse_hf.methods import Dilated
-from sparse_hf_kernels import AttentionLayout, HeadPattern, sparse_attention
+from sparse_hf_kernels import AttentionLayout, HeadPattern
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = PatternOptions(num_heads=4, num_kv_heads=2, head_dim=16, seq_lens=(160, 896))
-
-
-class FakeClock:
-    """Gives each label the milliseconds that `times` says, 1 by default, and runs nothing."""
-
-    def __init__(self, times: Mapping[str, float] | None = None) -> None:
-        self.times = dict(times or {})
-
-    def record(self, label: str, call: Callable[[], object]) -> float:
-        return self.times.get(label, 1.0)
-
-    def read(self, handles: Sequence[float]) -> list[float]:
-        return list(handles)
-
-
-class Peer:
-    """Serves dense layouts under cuDNN's or flash's name, others under any other; `factor` spoils its output."""
-
-    def __init__(self, name: str, factor: float = 1.0) -> None:
-        self.name, self.factor = name, factor
-
-    def refuses(self, shape: Shape, layout: AttentionLayout) -> str | None:
-        return None
-
-    def bind(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Call:
-        return Call(forward=lambda: sparse_attention(q, k, v, layout) * self.factor, inputs=(q, k, v))
 
 
 def make_session(clock: FakeClock | None = None, *peers: Contender) -> Session:
@@ -196,7 +171,7 @@ def test_figures_follow_from_the_times() -> None:
             "torch.sparse fp32, triangle": 300.0,
         }
     )
-    session = make_session(clock, Peer(CUDNN.name), Peer(FLASH.name), Peer("FlexAttention"), TorchSparse())
+    session = make_session(clock, FakePeer(CUDNN.name), FakePeer(FLASH.name), FakePeer("FlexAttention"), TorchSparse())
     shape = TINY.shape(896)
     figures = measure_patterns(session, TINY, shape, "forward")
     assert not session.absences
@@ -216,7 +191,7 @@ def test_figures_follow_from_the_times() -> None:
 
 
 def test_gradients_are_checked_where_the_pattern_leaves_keys_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = make_session(None, Peer(CUDNN.name))
+    session = make_session(None, FakePeer(CUDNN.name))
     options = PatternOptions(patterns=("triangle",), num_heads=4, num_kv_heads=2, head_dim=16)
     figures = values(measure_patterns(session, options, TINY.shape(896), "both"))
     assert figures["triangle forward + backward, 896 tokens: speed-up over SDPA cuDNN"] == 1.0
@@ -248,7 +223,7 @@ def test_memory_counts_what_a_peer_keeps(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_wrong_peers_have_no_figure() -> None:
-    session = make_session(None, Peer(CUDNN.name, factor=1.05), Peer("FlexAttention", factor=0.95))
+    session = make_session(None, FakePeer(CUDNN.name, factor=1.05), FakePeer("FlexAttention", factor=0.95))
     found = values(measure_patterns(session, TINY, TINY.shape(160), "forward"))
     assert not any("cuDNN" in case or "Flex" in case for case in found)
     assert "triangle forward, 160 tokens: sparse_hf" in found
@@ -275,7 +250,7 @@ def ours_per_length(ratios: Mapping[int, float]) -> Session:
         session.clock = FakeClock(
             {"SDPA cuDNN, dense": 2.0, "SDPA flash, dense": 3.0, "sparse_hf, triangle": 2 * ratio}
         )
-        session.peers = (Peer(CUDNN.name), Peer(FLASH.name))
+        session.peers = (FakePeer(CUDNN.name), FakePeer(FLASH.name))
         measure_patterns(session, options, options.shape(seq_len), "forward")
     return session
 
@@ -314,7 +289,7 @@ def make_tables() -> ModuleType:
 
 
 def fake_peers(options: PatternOptions, direction: Direction) -> tuple[Contender, ...]:
-    return tuple(Peer(peer.name) for peer in pattern_peers(options, direction) if "torch" not in peer.name)
+    return tuple(FakePeer(peer.name) for peer in pattern_peers(options, direction) if "torch" not in peer.name)
 
 
 def test_a_run_leaves_what_the_document_shows(

@@ -161,3 +161,9 @@ def test_plots_leave_global_state_alone(tmp_path: Path) -> None:
 def test_wide_and_narrow_maps() -> None:
     assert head_map_text(torch.tensor([[1]])).splitlines() == ["layer  heads  sparse", "    0  █        0.0%"]
     assert len(set(map(len, head_map_text(torch.zeros(2, 32)).splitlines()))) == 1
+
+
+def test_full_heads_with_a_method_of_their_own(tmp_path: Path) -> None:
+    assert "the others read every key" in card(tmp_path, name="dense", config=SparseConfig(head_masks="file"))
+    text = card(tmp_path, name="xattention", config=SparseConfig(full="xattention", head_masks="file"))
+    assert "the others full heads, with methods of their own" in text and "read every key" not in text
