@@ -1,12 +1,15 @@
 """Gates on a model: the blend, precision, reproducibility, and what leaves when they are detached."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparse_hf import SparseConfig, Streaming, dense, sparsify, unsparsify
+from sparse_hf.artefact import save_artefact
 from sparse_hf.patching import get_handle, set_head_masks
 from sparse_hf_training.masks import MaskLearningConfig, attach_mask_learning, detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
@@ -155,3 +158,23 @@ def test_sft_reads_the_frozen_masks_while_it_trains(model: PreTrainedModel) -> N
 def test_unknown_stage(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"masks_and_weights"):
         prepare_stage(model, "pretrain", CONFIG)  # type: ignore[arg-type]
+
+
+def test_gates_begin_in_the_order_of_an_artefacts_scores(model: PreTrainedModel, tmp_path: Path) -> None:
+    scores = torch.tensor([[0.5, 9.0], [-3.0, 0.6], [0.1, 0.2]])
+    model.config._name_or_path = "user/model"
+    save_artefact(model, tmp_path / "scores", scores=scores)
+    config = replace(CONFIG, init_log_alpha=2.0, init_scores=str(tmp_path / "scores"), init_spread=0.5)
+    learning = attach_mask_learning(model, config)
+    expected = torch.tensor([[2.1, 2.5], [1.5, 2.3], [1.7, 1.9]])
+    torch.testing.assert_close(learning.gates.log_alpha.detach(), expected)
+    assert torch.equal(learning.head_masks(), (scores > 0.3).to(learning.head_masks().dtype))
+
+
+def test_scores_that_are_missing_or_of_another_shape(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.config._name_or_path = "user/model"
+    save_artefact(model, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"head scores \[3, 2\], .* has none; sparse-hf calibrate scores"):
+        attach_mask_learning(model, replace(CONFIG, init_scores=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="init_spread must be positive"):
+        replace(CONFIG, init_spread=0.0)

@@ -47,6 +47,16 @@ class HardConcreteGates(nn.Module):
         return self.log_alpha.detach().float().cpu()
 
     @torch.no_grad()
+    def spread_(self, scores: Tensor, spread: float) -> None:
+        """Moves the first values apart by the ranks of scores `[num_layers, num_kv_heads]`, whatever their scale.
+
+        The lowest goes down by `spread`, the highest up by it, the others between at even distances.
+        """
+        ranks = scores.flatten().argsort(stable=True).argsort()
+        offsets = torch.linspace(-spread, spread, len(ranks))[ranks]
+        self.log_alpha += offsets.view(self.log_alpha.shape).to(self.log_alpha)
+
+    @torch.no_grad()
     def clamp_(self) -> None:
         """Applies the bound. Call it after each optimizer step."""
         if self.clamp is not None:

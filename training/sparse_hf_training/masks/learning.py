@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from sparse_hf.artefact import load_artefact
 from sparse_hf.head_masks import round_scores
+from sparse_hf.hub import resolve_artefact_folder
 from sparse_hf.patching import SparseHandle, get_handle, set_head_masks
 from sparse_hf_training.masks.gates import HardConcreteGates
 from sparse_hf_training.masks.lagrangian import Lagrangian
@@ -31,7 +33,10 @@ class MaskLearningConfig:
         schedule: `linear`, `logarithmic` or `cubic`.
         mask_learning_rate: of log_alpha. Constant: the weights' schedule does not touch it.
         reg_learning_rate: of the Lagrangian's multipliers, likewise.
-        init_log_alpha: first value of all gates.
+        init_log_alpha: first value of all gates, or their mean with `init_scores`.
+        init_scores: artefact folder or Hub id whose head scores order the gates' first values (`sparse-hf calibrate
+            scores` writes one); None for equal ones.
+        init_spread: how far the first values of the lowest and the highest score lie from the mean.
         clamp_log_alpha, clamp_multipliers: bounds, or None.
         seed: of the gates' noise. A draw depends on the seed, the step and the micro-batch alone: all ranks draw the
             same, and a resumed run goes on as if nothing had happened.
@@ -44,6 +49,8 @@ class MaskLearningConfig:
     mask_learning_rate: float = 0.2
     reg_learning_rate: float = 0.05
     init_log_alpha: float = 4.0
+    init_scores: str | None = None
+    init_spread: float = 1.0
     clamp_log_alpha: float | None = 6.0
     clamp_multipliers: float | None = None
     seed: int = 0
@@ -52,6 +59,8 @@ class MaskLearningConfig:
         for name in ("mask_learning_rate", "reg_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.init_spread > 0:
+            raise ValueError(f"init_spread must be positive, got {self.init_spread}; leave init_scores out for none")
         _ = self.sparsity_schedule
 
     @property
@@ -140,12 +149,14 @@ def attach_mask_learning(model: PreTrainedModel, config: MaskLearningConfig) -> 
     """Gives a sparsified model gates to learn; they become parameters of the model.
 
     Raises:
-        ValueError: if the model is not sparsified, or has gates already.
+        ValueError: if the model is not sparsified, has gates already, or `init_scores` has no scores of its shape.
     """
     handle = get_handle(model)
     if hasattr(model, MODULE_NAME):
         raise ValueError("the model has gates already; call detach_mask_learning(model) first")
     learning = MaskLearning(config, handle.shape.num_layers, handle.shape.num_kv_heads)
+    if config.init_scores is not None:
+        learning.gates.spread_(_scores_of(config.init_scores, learning.gates.log_alpha.shape), config.init_spread)
     learning.to(next(handle.modules[0].parameters()).device)
     learning.train(model.training)
     model.add_module(MODULE_NAME, learning)
@@ -184,6 +195,16 @@ def get_mask_learning(model: nn.Module) -> MaskLearning:
     if learning is None:
         raise ValueError("the model has no gates; call attach_mask_learning(model, config) first")
     return learning
+
+
+def _scores_of(artefact: str, shape: torch.Size) -> Tensor:
+    scores = load_artefact(resolve_artefact_folder(artefact)).scores
+    if scores is None or scores.shape != shape:
+        raise ValueError(
+            f"init_scores must name an artefact with head scores {list(shape)}, {artefact} has "
+            f"{'none' if scores is None else list(scores.shape)}; sparse-hf calibrate scores makes one"
+        )
+    return scores
 
 
 @dataclass
