@@ -54,7 +54,7 @@ class HardConcreteGates(nn.Module):
         """
         ranks = scores.flatten().argsort(stable=True).argsort()
         offsets = torch.linspace(-spread, spread, len(ranks))[ranks]
-        self.log_alpha += offsets.view(self.log_alpha.shape).to(self.log_alpha)
+        self.log_alpha.add_(offsets.view(self.log_alpha.shape).to(self.log_alpha))
 
     @torch.no_grad()
     def clamp_(self) -> None:
