@@ -28,6 +28,7 @@ DOCUMENTS = (
     "docs/benchmarks/README.md",
     "docs/benchmarks/kernels.md",
     "docs/benchmarks/patterns.md",
+    "docs/benchmarks/end_to_end.md",
 )
 BLOCK = re.compile(
     r"(<!-- (?P<kind>table|grid|source): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL

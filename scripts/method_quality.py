@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=str(ASSETS / "text" / "validation"), help="held text: .txt, .jsonl, .parquet")
     parser.add_argument("--seq-len", type=int, help="by default the model's context")
     parser.add_argument("--samples", type=int, default=100, help="recall samples per task")
+    parser.add_argument("--batch-size", type=int, default=8, help="recall samples per forward pass")
     parser.add_argument("--rows", type=int, default=64, help="rows of text for the loss, at most")
     parser.add_argument("--methods", type=names, default=(), help=f"of {', '.join(METHODS)}; all by default")
     parser.add_argument("--tasks", type=names, default=TASKS)
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_samples=options.samples,
         num_rows=len(rows),  # type: ignore[arg-type]
         seed=options.seed,
+        batch_size=options.batch_size,
     )
     methods = {name: METHODS[name] for name in options.methods or METHODS}
     found = []

@@ -71,10 +71,17 @@ class Artefact:
             )
 
 
-def weight_probe(model: PreTrainedModel) -> Tensor | None:
-    """`PROBE_SIZE` embedding weights in fp32, which casts leave recognisable; None where they are not in memory."""
+def weight_probe(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> Tensor | None:
+    """`PROBE_SIZE` embedding weights in fp32, which casts leave recognisable; None where they are not in memory.
+
+    Args:
+        model: whose weights are asked for.
+        state_dict: its whole weights, where its own are sharded.
+    """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
+    if state_dict is not None:
+        weight = state_dict[next(name for name, own in model.named_parameters() if own is weight)]
     if weight.is_meta or weight.numel() < PROBE_SIZE:
         return None
     # Rows of an extended vocabulary come last, so only the first rows are read.
@@ -96,6 +103,7 @@ def save_artefact(
     training: Mapping[str, Any] | None = None,
     base_model_name_or_path: str | None = None,
     save_weights: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -108,6 +116,7 @@ def save_artefact(
         training: what was learned, on what, with which figures; goes into the card.
         base_model_name_or_path: by default where the model was loaded from.
         save_weights: also write the model's weights, when they were trained.
+        state_dict: whole weights, where the model's own are sharded; the embedding's at least.
         tokenizer: also written, so that an artefact with weights is a model folder like any other.
         overwrite: replace an existing folder.
 
@@ -123,7 +132,7 @@ def save_artefact(
 
     def write_more(staging: Path) -> None:
         if save_weights:
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=None if state_dict is None else dict(state_dict))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
 
@@ -138,7 +147,7 @@ def save_artefact(
         shape=handle.shape,
         base_model_name_or_path=base,
         scores=scores,
-        probe=weight_probe(model),
+        probe=weight_probe(model, state_dict),
         training=training,
         native_windows=[state.layout.max_distance for state in handle.states],
         write_more=write_more,

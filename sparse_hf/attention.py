@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_hf.attention_at_once import attend_at_once, check_length, split_groups
 from sparse_hf.cache import PendingKV
 from sparse_hf.dynamic import LayerHeads, dynamic_attention, dynamic_mixed_attention
 from sparse_hf.forward_plan import ForwardPlan
+from sparse_hf.head_exchange import layer_share, whole_row
 from sparse_hf.layer_state import LayerState, get_layer_state
-from sparse_hf_kernels import TokenPositions, mixed_attention, sparse_attention
+from sparse_hf.methods import Method
+from sparse_hf_kernels import AttentionLayout, TokenPositions, mixed_attention, sparse_attention
 
 if TYPE_CHECKING:
     from sparse_hf.call_record import BranchRecord, CallRecord
@@ -47,8 +51,14 @@ def sparse_attention_forward(
     """
     state = _checked_state(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    run = _dispatch_recorded if state.recorders else _dispatch
-    out = run(state, query, key, value, attention_mask, position_ids, scale)
+    out = None
+    if state.exchange is not None:
+        out = _dispatch_exchanged(state, query, key, value, attention_mask, position_ids, scale)
+    elif not torch.compiler.is_compiling():
+        out = attend_at_once(state, query, key, value, attention_mask, position_ids, scale)
+    if out is None:
+        run = _dispatch_recorded if state.recorders else _dispatch
+        out = run(state, query, key, value, attention_mask, position_ids, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -65,14 +75,39 @@ def _dispatch(
     """Output `[batch, num_heads, q_len, head_dim]`; `records` are told what is read."""
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
-        _check_length(plan, state)
+        check_length(plan, state)
         return _attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
     assert isinstance(value, Tensor)
     plan = _checked_plan(attention_mask, query, key)
-    _check_length(plan, state)
+    check_length(plan, state)
     # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
     return _attend(state, query, key, value, plan, position_ids, scale, records)
+
+
+def _dispatch_exchanged(
+    state: LayerState,
+    query: Tensor,
+    key: Tensor | PendingKV,
+    value: Tensor | PendingKV,
+    attention_mask: ForwardPlan | Tensor | None,
+    position_ids: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Under sequence parallelism: output for this rank's tokens, attended head by head over the whole row."""
+    exchange = state.exchange
+    assert exchange is not None
+    if isinstance(key, PendingKV) or isinstance(value, PendingKV):
+        raise ValueError(
+            "a SparseCache cannot hold slices of a sequence; generate within sequence_parallel_disabled(model)"
+        )
+    if state.recorders:
+        raise ValueError("capture sees whole sequences only; run it within sequence_parallel_disabled(model)")
+    plan, position_ids = whole_row(exchange, _checked_plan(attention_mask, query, key), position_ids)
+    check_length(plan, state)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = exchange.to_heads(query, key, value)
+    return exchange.to_sequence(_attend(layer_share(state), query, key, value, plan, position_ids, scale, ()))
 
 
 # Records hold what graphs cannot.
@@ -154,13 +189,18 @@ def _attend_dynamic(
         known["positions"] = plan.compute_positions(position_ids)
     call: dict[str, Any] = {"positions": known["positions"], "scale": scale, "known": known}
     if gate is None:
-        heads = LayerHeads.of(state.layout, state.methods)
+        heads = _layer_heads(state, state.layout, state.methods)
         return dynamic_attention(query, key, value, heads, records=_branch(records, "deployed"), **call)
-    full = LayerHeads.of(state.full, state.full_methods)
-    sparse = LayerHeads.of(state.sparse, state.sparse_methods)
+    full = _layer_heads(state, state.full, state.full_methods)
+    sparse = _layer_heads(state, state.sparse, state.sparse_methods)
     told = _branch(records, "full"), _branch(records, "sparse")
     call |= {"skip_saturated": state.skip_saturated, "records": told}
     return dynamic_mixed_attention(query, key, value, gate, full, sparse, **call)
+
+
+def _layer_heads(state: LayerState, layout: AttentionLayout, methods: Sequence[Method]) -> LayerHeads:
+    heads = LayerHeads.of(layout, methods)
+    return heads if state.numbers is None else replace(heads, numbers=state.numbers)
 
 
 def _attend_cached(
@@ -179,6 +219,7 @@ def _attend_cached(
     for record in records:
         record.open(None, query, pending.layer.num_tokens + query.shape[2], by_position=True)
     told = _branch(records, "deployed")
+    split_groups(pending.layer)
     groups = pending.store(plan, position_ids)
     batch, _, q_len, head_dim = query.shape
     grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
@@ -234,12 +275,3 @@ def _checked_plan(attention_mask: ForwardPlan | Tensor | None, query: Tensor, ke
     return ForwardPlan(
         q_len=q_len, kv_len=kv_len, q_offset=kv_len - q_len, kv_offset=0, padding_mask=None, device=query.device
     )
-
-
-def _check_length(plan: ForwardPlan, state: LayerState) -> None:
-    seen = plan.q_len + (plan.q_offset if isinstance(plan.q_offset, int) else 0)
-    if seen > state.max_position:
-        raise ValueError(
-            f"the sequence has {seen} tokens, the model was made for {state.max_position} "
-            "(config.max_position_embeddings); shorten it, or configure rope scaling and the limit"
-        )

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sparse_hf.artefact import load_artefact
 from sparse_hf.hub import resolve_artefact_folder
 from sparse_hf.patching import apply_config
+from sparse_hf.sparsify import apply_with_adapter
 
 
 class AutoSparseModelForCausalLM:
@@ -24,7 +25,8 @@ class AutoSparseModelForCausalLM:
     ) -> PreTrainedModel:
         """A sparsified model from an artefact's folder or Hub id.
 
-        Weights come from the artefact when it carries some, else from its `base_model_name_or_path`.
+        Weights come from the artefact when it carries some, else from its `base_model_name_or_path`; a LoRA adapter of the
+        artefact is put into them.
 
         Args:
             artefact: folder or Hub id.
@@ -37,6 +39,10 @@ class AutoSparseModelForCausalLM:
         """
         folder = resolve_artefact_folder(str(artefact), revision=revision, token=token)
         loaded = load_artefact(folder)
+        if loaded.adapter:
+            model = AutoModelForCausalLM.from_pretrained(loaded.base_model_name_or_path, token=token, **kwargs)
+            loaded.check_base_model(model)
+            return apply_with_adapter(model, loaded.config, loaded.head_masks, loaded)
         if has_weights(str(artefact), revision=revision, token=token):
             model = AutoModelForCausalLM.from_pretrained(artefact, revision=revision or "main", token=token, **kwargs)
         else:

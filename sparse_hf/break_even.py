@@ -6,6 +6,7 @@ The lengths are measured, by `sparse-hf tune break-even`. The user's file goes b
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,10 @@ class BreakEven:
     @property
     def num_dense_rows(self) -> int:
         return ALWAYS_DENSE if self.tokens is None else self.tokens
+
+    def is_of(self, method: Method) -> bool:
+        """Measured with this method's parameters."""
+        return (self.method, dict(self.parameters)) == (method.name, _parameters(method))
 
 
 def architecture_name(device: torch.device) -> str:
@@ -129,24 +134,39 @@ def _read(path: Path) -> tuple[BreakEven, ...]:
 
 
 def break_even(arch: str, method: Method, head_dim: int) -> BreakEven:
-    """The measured length of a method; with these parameters, else the longest with others.
+    """The measured length of a method; with these parameters, else the longest with others, which the entry names.
 
     Raises:
         ValueError: if there is none, with what there is and how to measure.
     """
     of_method = [entry for entry in measured() if entry.method == method.name]
     found = [entry for entry in of_method if (entry.arch, entry.head_dim) == (arch, head_dim)]
-    exact = [entry for entry in found if dict(entry.parameters) == _parameters(method)]
+    exact = [entry for entry in found if entry.is_of(method)]
     if exact:
         return exact[0]
     if found:
         return max(found, key=lambda entry: entry.num_dense_rows)
-    measure = f"measure it with `{COMMAND} --method {method.name}`, or " if method.is_static else ""
     known = sorted({f"{entry.arch} with head_dim {entry.head_dim}" for entry in of_method})
     raise ValueError(
         f"no break-even length of {method.name!r} is known for {arch} with head_dim {head_dim} "
-        f"(known: {', '.join(known) or 'none'}); {measure}give min_seq_len a number"
+        f"(known: {', '.join(known) or 'none'}); {_measure(method)}"
     )
+
+
+def _measure(method: Method) -> str:
+    """How a user gets the length of a method."""
+    try:
+        is_default = type(method)() == method
+    except ValueError:  # it has no defaults
+        is_default = False
+    named = method.name if is_default else f"'{_short(method.to_dict())}'"
+    return f"measure it with `{COMMAND} --method {named}`, or give min_seq_len a number"
+
+
+def _short(values: Mapping[str, Any]) -> str:
+    """JSON; of long lists, such as parameters per head, only how long they are."""
+    cut = {k: f"{len(v)} values" if isinstance(v, list) and len(v) > 8 else v for k, v in values.items()}
+    return json.dumps(cut)
 
 
 def _parameters(method: Method) -> dict[str, Any]:
@@ -163,8 +183,8 @@ def sparse_methods(config: SparseConfig) -> list[Method]:
 def resolve_min_seq_len(config: SparseConfig, *, device: torch.device, head_dim: int) -> SparseConfig:
     """The configuration with `min_seq_len` as a number: if it is "auto", the longest break-even length of its methods.
 
-    Says once from which length on attention is sparse, and once what has no measured length there and is sparse from
-    the first token on.
+    Says once from which length on attention is sparse; once what has no measured length there and is sparse from the
+    first token on; and once what is measured with other parameters alone, of which the longest length counts.
     """
     if config.min_seq_len != AUTO:
         return config
@@ -172,17 +192,30 @@ def resolve_min_seq_len(config: SparseConfig, *, device: torch.device, head_dim:
     found: list[BreakEven] = []
     for method in sparse_methods(config):
         try:
-            found.append(break_even(arch, method, head_dim))
+            entry = break_even(arch, method, head_dim)
         except ValueError as error:
             _say(f"min_seq_len is 'auto', but {error}. Without it, {method.name} is sparse from the first token on.")
+            continue
+        found.append(entry)
+        if not entry.is_of(method):
+            _say(_differs(entry, method))
     longest = max(found, key=lambda entry: entry.num_dense_rows, default=None)
     if longest is not None and longest.num_dense_rows:
         _say(_starts(longest))
     return replace(config, min_seq_len=0 if longest is None else longest.num_dense_rows)
 
 
+def _differs(entry: BreakEven, method: Method) -> str:
+    length = "no length at all" if entry.tokens is None else f"{entry.tokens} tokens"
+    return (
+        f"min_seq_len is 'auto', and {method.name} is not measured with {_short(_parameters(method))} on {entry.arch} "
+        f"with head_dim {entry.head_dim}; the longest of its measured lengths counts, {length}, with "
+        f"{_short(entry.parameters)}; {_measure(method)}"
+    )
+
+
 def _starts(entry: BreakEven) -> str:
-    measured_on = f"{entry.method} {dict(entry.parameters)}, head_dim {entry.head_dim}, measured on {entry.device}"
+    measured_on = f"{entry.method} {_short(entry.parameters)}, head_dim {entry.head_dim}, measured on {entry.device}"
     if entry.tokens is None:
         return f"attention stays dense: sparse was not faster at any length measured ({measured_on})"
     return f"sparse attention starts at {entry.tokens} tokens; queries before are dense ({measured_on})"

@@ -10,6 +10,7 @@ a `PendingKV`: the new keys, not yet stored, since only the attention function l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,6 +62,13 @@ def _reach(pattern: HeadPattern) -> int:
     if pattern.blocks is not None:
         return pattern.blocks.reach or UNBOUNDED
     return pattern.window
+
+
+@lru_cache(maxsize=1024)
+def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads on the device, one tensor for all layers and caches: each copy there would be waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -148,6 +156,7 @@ class SparseCacheLayer(CacheLayerMixin):
         self.layout = layout
         self.retentions = retention_groups(layout, per_head)
         self.num_dense_rows = layout.num_dense_rows
+        self.past_dense_rows = not layout.num_dense_rows
         self.num_tokens = 0
         self.lengths: Tensor | None = None  # real tokens seen, [batch]
         self.groups: list[HeadGroup] = []
@@ -159,7 +168,7 @@ class SparseCacheLayer(CacheLayerMixin):
             HeadGroup(
                 retention=retention,
                 heads=heads,
-                index=torch.tensor(heads, device=key_states.device),
+                index=head_index(heads, key_states.device),
                 keys=key_states.new_empty(batch, len(heads), 0, head_dim),
                 values=value_states.new_empty(batch, len(heads), 0, value_states.shape[-1]),
                 positions=torch.empty(batch, 0, dtype=torch.long, device=key_states.device),
@@ -193,9 +202,12 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def release(self) -> None:
         assert self.lengths is not None
-        # Until every row is past its dense rows, a query may still read all keys.
-        if self.num_dense_rows and int(self.lengths.min()) < self.num_dense_rows:
-            return
+        # Until every row is past its dense rows, a query may still read all keys. No row has more tokens than slots, so
+        # the device is asked only from there on, until the shortest row is past them.
+        if not self.past_dense_rows:
+            if self.num_tokens < self.num_dense_rows or int(self.lengths.min()) < self.num_dense_rows:
+                return
+            self.past_dense_rows = True
         for group in self.groups:
             group.evict(self.lengths)
 
@@ -213,6 +225,7 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.is_initialized, self.num_tokens, self.lengths, self.groups = False, 0, None, []
+        self.past_dense_rows = not self.num_dense_rows
 
     def _apply(self, change: Any) -> None:
         if self.lengths is not None:

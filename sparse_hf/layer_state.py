@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from sparse_hf_kernels import AttentionLayout
 
 if TYPE_CHECKING:
     from sparse_hf.call_record import Recorder
+    from sparse_hf.head_exchange import HeadExchange
 
 _ATTRIBUTE = "_sparse_hf_layer"
 
@@ -30,6 +31,9 @@ class LayerState:
         skip_saturated: the gates have no gradient where they are exactly 0 or 1.
         max_position: tokens that the model was made for.
         recorders: of the captures that are under way.
+        exchange: of a model whose inputs are slices of the sequence; None when they are whole.
+        numbers: the KV heads' numbers in the layer, for parameters per head; None when they are all of them.
+        kept_shares: of `head_exchange.layer_share`.
     """
 
     layer_idx: int
@@ -43,6 +47,9 @@ class LayerState:
     gate: Callable[[], Tensor | None] | None = None
     skip_saturated: bool = False
     recorders: tuple[Recorder, ...] = ()
+    exchange: HeadExchange | None = None
+    numbers: tuple[int, ...] | None = None
+    kept_shares: list[tuple[tuple[Any, ...], LayerState]] = field(default_factory=list, init=False, repr=False)
 
     def selects(self, gate: Tensor | None) -> bool:
         """Some head that the call needs chooses by q and k."""

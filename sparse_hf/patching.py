@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparse_hf.dynamic import LayerHeads
 from sparse_hf.forward_plan import forward_plan_mask
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
+from sparse_hf.lora import remove_adapter, unwrapped
 from sparse_hf.methods import HeadPlace, Method
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout, layout_key
 
@@ -35,7 +37,7 @@ MAX_HEAD_DIM = 256
 class SparseHandle:
     """What `sparsify` did to a model: enough to describe it and to undo it.
 
-    `resolved` is `config` with `min_seq_len` as a number.
+    `resolved` is `config` with `min_seq_len` as a number; `added_adapter` says that the artefact's LoRA adapter came too.
     """
 
     config: SparseConfig
@@ -48,10 +50,11 @@ class SparseHandle:
     original_config: PretrainedConfig
     original_values: dict[str, Any]
     original_attention: str
+    added_adapter: bool = False
 
 
 def is_sparsified(model: PreTrainedModel) -> bool:
-    return hasattr(model, _ATTRIBUTE)
+    return hasattr(unwrapped(model), _ATTRIBUTE)
 
 
 def get_handle(model: PreTrainedModel) -> SparseHandle:
@@ -60,7 +63,7 @@ def get_handle(model: PreTrainedModel) -> SparseHandle:
     Raises:
         ValueError: if the model is not sparsified.
     """
-    handle = getattr(model, _ATTRIBUTE, None)
+    handle = getattr(unwrapped(model), _ATTRIBUTE, None)
     if handle is None:
         raise ValueError("the model is not sparsified; call sparsify(model, ...) first")
     return handle
@@ -80,6 +83,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     """
     if is_sparsified(model):
         raise ValueError("the model is sparsified already; call unsparsify(model) first")
+    outer, model = model, unwrapped(model)
     adapter = adapter_for(model)
     shape = adapter.shape(model.config)
     _check_support(model, shape)
@@ -95,7 +99,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     assert len(modules) == shape.num_layers
     original = model.config
     # A configuration object may be shared between models; this one must not reach another.
-    _replace_config(model, original, copy.copy(original))
+    _replace_config(outer, original, copy.copy(original))
     AttentionInterface.register(ATTENTION_NAME, sparse_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, forward_plan_mask)
     for module, state in zip(modules, states, strict=True):
@@ -115,7 +119,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     setattr(model, _ATTRIBUTE, handle)
     setattr(model, _CACHE_METHOD, MethodType(_prepare_sparse_cache, model))
     model.config._attn_implementation = ATTENTION_NAME
-    return model
+    return outer
 
 
 def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,6 +129,7 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: if the model is not sparsified.
     """
     handle = get_handle(model)
+    outer, model = model, unwrapped(model)
     for module in handle.modules:
         clear_layer_state(module)
     delattr(model, _CACHE_METHOD)
@@ -133,8 +138,10 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
     for name, value in vars(model.config).items():
         if name != "_attn_implementation_internal" and value is not handle.original_values.get(name):
             setattr(handle.original_config, name, value)
-    _replace_config(model, model.config, handle.original_config)
-    return model
+    _replace_config(outer, model.config, handle.original_config)
+    if handle.added_adapter:
+        remove_adapter(model)
+    return outer
 
 
 @contextmanager
@@ -145,14 +152,42 @@ def dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         ValueError: if the model is not sparsified.
     """
     handle = get_handle(model)
+    if any(state.exchange is not None for state in handle.states):
+        # The model's own attention would see this rank's slice of the sequence alone.
+        with _dense_layouts(handle.states):
+            yield model
+        return
     # The sparsified model's own configuration: `unsparsify` inside the block puts another in its place.
-    config = model.config
+    config = unwrapped(model).config
     before = config._attn_implementation
     config._attn_implementation = handle.original_attention
     try:
         yield model
     finally:
         config._attn_implementation = before
+
+
+@contextmanager
+def _dense_layouts(states: list[LayerState]) -> Iterator[None]:
+    """Our attention with every head dense, within the model's own windows."""
+    before = [(state.layout, state.methods, state.gate) for state in states]
+    put = [_dense_layout(layout.num_kv_heads, layout.max_distance) for layout, _, _ in before]
+    for state, layout in zip(states, put, strict=True):
+        state.layout, state.methods, state.gate = layout, (), None
+    try:
+        yield
+    finally:
+        for state, layout, (old_layout, methods, gate) in zip(states, put, before, strict=True):
+            state.gate = gate
+            if state.layout is layout:  # else other head masks were set meanwhile
+                state.layout, state.methods = old_layout, methods
+
+
+@lru_cache(maxsize=64)
+def _dense_layout(num_kv_heads: int, max_distance: int) -> AttentionLayout:
+    layout = AttentionLayout.dense(num_kv_heads, max_distance)
+    layout_key(layout)  # torch.compile finds it on the layout
+    return layout
 
 
 def set_head_masks(model: PreTrainedModel, head_masks: Tensor) -> None:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from sparse_hf.artefact import Artefact, load_artefact
 from sparse_hf.config import SparseConfig
 from sparse_hf.hub import resolve_artefact_folder
-from sparse_hf.patching import apply_config, is_sparsified
+from sparse_hf.lora import check_adapter, has_adapter, load_adapter, remove_adapter, unwrapped
+from sparse_hf.patching import apply_config, get_handle, is_sparsified
 from sparse_hf.presets import names_preset, preset
 
 
@@ -25,8 +26,11 @@ def sparsify(
 ) -> PreTrainedModel:
     """Makes a model's attention sparse, in place, and returns it. `unsparsify` undoes it exactly.
 
+    An artefact's LoRA adapter is loaded with its masks, and leaves with them. A model that has an adapter already keeps
+    it; under an artefact that carries one, it must be the same.
+
     Args:
-        model: a causal language model of a supported family.
+        model: a causal language model of a supported family, or a `peft.PeftModel` of one.
         spec: a preset's name, a `SparseConfig`, a `.json` or `.yaml` file of one, an artefact's folder, or a Hub id.
         head_masks: `[num_layers, num_kv_heads]` of 0 (sparse) and 1 (full); by default the artefact's or the
             configuration's own.
@@ -48,7 +52,30 @@ def sparsify(
         if check_base_model:
             artefact.check_base_model(model)
         head_masks = artefact.head_masks if head_masks is None else head_masks
-    return apply_config(model, config, head_masks)
+    if artefact is None or not artefact.adapter:
+        return apply_config(model, config, head_masks)
+    return apply_with_adapter(model, config, head_masks, artefact)
+
+
+def apply_with_adapter(
+    model: PreTrainedModel, config: SparseConfig, head_masks: Any, artefact: Artefact
+) -> PreTrainedModel:
+    """`apply_config` and the artefact's LoRA adapter; both or, where it raises ValueError, neither."""
+    assert artefact.folder is not None
+    base = unwrapped(model)
+    added = not has_adapter(base)
+    if added:
+        load_adapter(base, artefact.folder)
+    else:
+        check_adapter(base, artefact.folder)
+    try:
+        apply_config(model, config, head_masks)
+    except ValueError:
+        if added:
+            remove_adapter(base)
+        raise
+    get_handle(model).added_adapter = added
+    return model
 
 
 def resolve_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,7 +108,7 @@ FLEX_LENGTHS: Mapping[int, tuple[int, ...]] = {128: (32 * K, 128 * K)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(ABC):
     """What a user chooses of any benchmark.
 
     Args:
@@ -137,9 +138,9 @@ class RunOptions:
     def has_bounded_heads(self) -> bool:
         return (self.num_heads, self.num_kv_heads) == (32, 8)
 
+    @abstractmethod
     def command(self) -> str:
         """The command line that repeats the run."""
-        raise NotImplementedError
 
     def _command(self, name: str, *more: tuple[str, Sequence[object]]) -> str:
         """The line of `sparse-hf bench NAME` with these options and `more`, each a name and its values."""

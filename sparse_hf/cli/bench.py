@@ -112,6 +112,34 @@ def methods(
     _run(method_benchmark(options), out, as_json)
 
 
+@bench.command("end-to-end", epilog="Example:\n\nsparse-hf bench end-to-end --cases prefill --methods triangle")
+def end_to_end(
+    cases: Annotated[
+        str, typer.Option(help="Of prefill, cached prefill, decode, separated by commas; all by default.")
+    ] = "",
+    methods: Annotated[
+        str, typer.Option(help="Of streaming 70%, triangle, xattention, separated by commas; all by default.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="128 to 8192 tokens only, shorter samples.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for end_to_end.json and end_to_end.csv.")] = Path("docs/benchmarks"),
+    seq_lens: Annotated[str, typer.Option(help="Of prefill, in place of 128 to 32768, separated by commas.")] = "",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model, which has the shape of Llama 3.1 8B.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time a whole random model, sparsified with min_seq_len "auto", beside itself with its best SDPA."""
+    from sparse_hf.bench.end_to_end import end_to_end_benchmark
+    from sparse_hf.bench.end_to_end_plan import EndToEndOptions
+
+    options = EndToEndOptions(
+        cases=names(cases),
+        methods=names(methods),
+        quick=quick,
+        seq_lens=numbers("--seq-lens", seq_lens),
+        num_layers=layers,
+    )
+    _run(end_to_end_benchmark(options), out, as_json)
+
+
 def _run(benchmark: Benchmark, out: Path, as_json: bool) -> None:
     """Runs a benchmark on the GPU with progress, writes its files and shows its figures."""
     from sparse_hf.bench.report import summary_rows

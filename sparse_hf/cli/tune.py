@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ from sparse_hf.progress import progress_bar
 from sparse_hf_kernels.tuned import FILE_NAME as TUNED_FILE
 from sparse_hf_kernels.tuned import VARIABLE as TUNED_VARIABLE
 from sparse_hf_kernels.tuned import cache_folder
+
+if TYPE_CHECKING:
+    from sparse_hf.bench.session import Absence
+    from sparse_hf.tune.break_even import Measured
 
 tune = typer.Typer(no_args_is_help=True, help="Measure on this GPU what the kernels choose by.")
 
@@ -83,12 +87,22 @@ def kernels(
     typer.echo(f"wrote {path}", err=True)
 
 
-@tune.command("break-even", epilog="Example:\n\nsparse-hf tune break-even --model-shape 32x8x128 --method streaming")
+@tune.command(
+    "break-even", epilog="Example:\n\nsparse-hf tune break-even --method all --model-shape 32x8x128 --head-dim 64"
+)
 def break_even(
-    model_shape: Annotated[str, typer.Option(help="Query heads x KV heads x head_dim.")] = "32x8x128",
+    model_shape: Annotated[
+        list[str] | None, typer.Option(help="Query heads x KV heads x head_dim, 32x8x128 by default; repeat for more.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(min=1, help="Also the first model shape with this head_dim; repeat for more.")
+    ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help='Name, or JSON such as {"method": "streaming", "window_size": 4096}; repeat for more.'),
+        typer.Option(
+            help='Name, "all" (the default), or JSON such as {"method": "streaming", "window_size": 4096}; '
+            "repeat for more."
+        ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens, separated by commas; by default 256 to 32768.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -101,43 +115,53 @@ def break_even(
     """Find the length from which on a method is never slower than dense attention: what min_seq_len "auto" reads."""
     from sparse_hf.tune import break_even as tuner
 
-    num_heads, num_kv_heads, size = _shape(model_shape)
-    options = tuner.BreakEvenOptions(
-        methods=tuple(tuner.method_of(text) for text in method or ()),
-        lengths=numbers("--lengths", lengths) or tuner.LENGTHS,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=size,
-        dtype=dtype,
-    )
-    session = tuner.break_even_session(options)
+    shapes = [_shape(text) for text in model_shape or ("32x8x128",)]
+    shapes += [(*shapes[0][:2], size) for size in head_dim or ()]
+    chosen = [
+        tuner.BreakEvenOptions(
+            methods=tuner.methods_of(method or (tuner.ALL,)),
+            lengths=numbers("--lengths", lengths) or tuner.LENGTHS,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=size,
+            dtype=dtype,
+        )
+        for num_heads, num_kv_heads, size in dict.fromkeys(shapes)
+    ]
     path = _path(out, BREAK_EVEN_VARIABLE, BREAK_EVEN_FILE)
-    results = []
+    results: list[Measured] = []
+    absences: list[Absence] = []
     with progress_bar(Console(stderr=True)) as progress:
-        task = progress.add_task("measuring", total=options.num_steps, figures="")
+        task = progress.add_task("measuring", total=sum(options.num_steps for options in chosen), figures="")
 
         def advance(text: str) -> None:
             progress.update(task, advance=1, figures=text)
 
-        for result in tuner.tune_break_even(options, session, progress=advance):
-            results.append(result)
-            tuner.write_break_even_table(path, results)
-        progress.update(task, completed=options.num_steps)
+        for options in chosen:
+            session = tuner.break_even_session(options)
+            results += tuner.tune_break_even(options, session, progress=advance)
+            tuner.write_break_even_table(path, results)  # a run that is cut short leaves what it found
+            absences += session.absences
+        progress.update(task, completed=sum(options.num_steps for options in chosen))
     if as_json:
         write_json([result.entry() for result in results])
     else:
-        rows = (
-            (
-                result.method.name,
-                f"not up to {options.lengths[-1]}" if result.tokens is None else str(result.tokens),
-                ", ".join(f"{length}: {ratio:.2f}" for length, ratio in result.ratios),
-                "{1:.3f} at {0}".format(*result.worst),
-            )
-            for result in results
-        )
-        columns = ("method", "break-even tokens", "time against dense", "worst as deployed")
-        write(table(f"Break-even lengths, {model_shape}, {dtype}", columns, rows))
+        columns = ("method", "head_dim", "break-even tokens", "time against dense", "worst as deployed")
+        write(table(f"Break-even lengths, {dtype}", columns, map(_row, results)))
+    for absence in dict.fromkeys(absences):
+        typer.echo(f"left out: {absence.contender}: {absence.reason}", err=True)
     typer.echo(f"wrote {path}", err=True)
+
+
+def _row(result: Measured) -> tuple[str, ...]:
+    longest = result.options.lengths[-1]
+    return (
+        result.method.name,
+        str(result.options.head_dim),
+        f"not up to {longest}" if result.tokens is None else str(result.tokens),
+        ", ".join(f"{length}: {ratio:.2f}" for length, ratio in result.ratios),
+        "{1:.3f} at {0}".format(*result.worst),
+    )
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -1,33 +1,38 @@
-"""`tune_break_even`: from which length on a method's attention takes no longer than dense attention on this GPU."""
+"""`tune_break_even`: from which length on a method's attention takes no longer than dense attention on this GPU.
+
+All methods are timed side by side, beside the same dense attentions, from the longest length down. A method that is
+slower than dense somewhere is left out of the shorter lengths, whose outcome could not change its length any more.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_hf.bench.contenders import Contender
-from sparse_hf.bench.peers import Sdpa
-from sparse_hf.bench.session import Entry, Session
+from sparse_hf.bench.method_plan import METHODS
+from sparse_hf.bench.peers import CUDNN, FLASH
+from sparse_hf.bench.planted import MIN_HEAD_DIM, planted_inputs
+from sparse_hf.bench.session import Session
 from sparse_hf.bench.timing import CudaClock
-from sparse_hf.bench.workload import Shape
+from sparse_hf.bench.workload import Shape, make_inputs
 from sparse_hf.break_even import ALWAYS_DENSE, architecture_name, break_even_tokens, checked_entry
-from sparse_hf.config import SparseConfig
-from sparse_hf.methods import Dense, Method, available_methods, method_from_dict
-from sparse_hf.patching import head_layout
+from sparse_hf.methods import Dense, DynamicMethod, Method, available_methods, method_from_dict
+from sparse_hf.tune.ratios import CASE, dense_len, time_ratios
 from sparse_hf.tune.table import merge_entries, provenance
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout
 from sparse_hf_kernels.tuned import DTYPES
 
 LENGTHS = tuple(256 << power for power in range(8))
 UNIT = 128
 """Lengths are multiples of it, so that the dense prefix cuts no block of a list."""
 CHAIN_CALLS = 10
-CASE = "break-even"
+ALL = "all"
+DEPLOYED_LIMIT = 1.02
+"""With the queries before its break-even length dense, a method may take so many times dense attention's time."""
 
 Progress = Callable[[str], object]
 Ratios = tuple[tuple[int, float], ...]
@@ -38,7 +43,8 @@ class BreakEvenOptions:
     """What is measured.
 
     Args:
-        methods: each by itself on every head; by default all that need no parameters of the user's.
+        methods: each by itself on every head; by default all that need no parameters of the user's. Attention is
+            measured on inputs with the structure that dynamic ones look for.
         lengths: tokens, multiples of 128.
         num_heads, num_kv_heads, head_dim: of the model.
         dtype: of q, k and v.
@@ -50,7 +56,7 @@ class BreakEvenOptions:
     num_kv_heads: int = 8
     head_dim: int = 128
     dtype: str = "bfloat16"
-    budget_ms: float = 120.0
+    budget_ms: float = 60.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", self.methods or measurable_methods())
@@ -61,12 +67,11 @@ class BreakEvenOptions:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self.shape(self.lengths[0])
         for method in self.methods:
-            if isinstance(method, Dense) or not method.is_static:
-                raise ValueError(
-                    f"{method.name} has no break-even length here: methods that are sparse by shape alone have one "
-                    f"({', '.join(each.name for each in measurable_methods())})"
-                )
-            _layout(method, self.num_kv_heads, 0)
+            if isinstance(method, Dense):
+                raise ValueError("dense has no break-even length: it is what others are compared with")
+            if isinstance(method, DynamicMethod):
+                method.check_heads(self.num_heads)
+            dense_len(method, self.num_kv_heads)
 
     def shape(self, seq_len: int) -> Shape:
         return Shape(
@@ -78,9 +83,18 @@ class BreakEvenOptions:
         )
 
     @property
+    def labels(self) -> dict[str, Method]:
+        """The methods by their names, and their parameters where several have one name."""
+        names = [method.name for method in self.methods]
+        return {
+            method.name if names.count(method.name) == 1 else json.dumps(method.to_dict()): method
+            for method in self.methods
+        }
+
+    @property
     def num_steps(self) -> int:
-        """How often `tune_break_even` calls `progress`."""
-        return 2 * len(self.methods) * len(self.lengths)
+        """About how often `tune_break_even` calls `progress`: the end depends on what it finds."""
+        return len(self.lengths) + 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +105,10 @@ class Measured:
         method: with its parameters.
         arch: such as "sm_90".
         tokens: see `BreakEven`.
-        ratios: time of the sparse operator over that of the best dense one, by length.
-        deployed_ratios: the same with the queries below `tokens` dense, as `min_seq_len: auto` runs.
+        ratios: time of the sparse operator, selection included, over that of the best dense one, by length; of the
+            lengths at which it is sparse, from the longest down to the first at which it is slower.
+        deployed_ratios: the same with the queries below `tokens` dense, as `min_seq_len: auto` runs, at the shortest
+            length, where sparsity begins, just after it, and up to twice as long.
         options: what was measured.
     """
 
@@ -106,7 +122,7 @@ class Measured:
     @property
     def worst(self) -> tuple[int, float]:
         """The length at which the deployed operator is slowest against dense, and its ratio."""
-        return max(self.deployed_ratios, key=lambda pair: pair[1])
+        return max(self.deployed_ratios or self.ratios, key=lambda pair: pair[1])
 
     def entry(self) -> dict[str, Any]:
         """As the table's file has it."""
@@ -128,10 +144,10 @@ class Measured:
 
 
 def measurable_methods() -> tuple[Method, ...]:
-    """The methods that are sparse by shape alone and need no parameters of the user's."""
+    """The methods that need no parameters of the user's, static and dynamic."""
     found = []
     for cls in available_methods().values():
-        if cls is Dense or not cls.is_static:
+        if cls is Dense:
             continue
         try:
             found.append(cls())
@@ -141,17 +157,28 @@ def measurable_methods() -> tuple[Method, ...]:
 
 
 def method_of(text: str) -> Method:
-    """A method by its name, or by JSON such as `{"method": "streaming", "window_size": 4096}`.
+    """A method by its name, by that of a variant as `sparse-hf bench methods` has them, or by JSON such as
+    `{"method": "streaming", "window_size": 4096}`.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is none of them.
     """
     if not text.lstrip().startswith("{"):
-        return method_from_dict(text)
+        return METHODS[text] if text in METHODS else method_from_dict(text)
     try:
         return method_from_dict(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"--method takes a name or a JSON object, got {text!r} ({error})") from error
+
+
+def methods_of(texts: Sequence[str]) -> tuple[Method, ...]:
+    """Methods as `method_of` reads them, "all" being `measurable_methods`; each once.
+
+    Raises:
+        ValueError: as `method_of`.
+    """
+    found = [method for text in texts for method in (measurable_methods() if text == ALL else (method_of(text),))]
+    return tuple(dict.fromkeys(found))
 
 
 def break_even_session(options: BreakEvenOptions) -> Session:
@@ -167,15 +194,71 @@ def break_even_session(options: BreakEvenOptions) -> Session:
         device=device,
         clock=CudaClock(device),
         chain_clock=CudaClock(device, calls=CHAIN_CALLS, flush=False),
-        peers=(Sdpa("SDPA cuDNN", "CUDNN_ATTENTION"), Sdpa("SDPA flash", "FLASH_ATTENTION")),
+        peers=(CUDNN, FLASH),
         budget_ms=options.budget_ms,
+        inputs=planted_inputs if options.head_dim >= MIN_HEAD_DIM else make_inputs,
     )
+
+
+@dataclass(kw_only=True)
+class _Search:
+    """What is known of one method."""
+
+    label: str
+    method: Method
+    always_dense: int
+    ratios: dict[int, float] = field(default_factory=dict)
+    deployed: dict[int, float] = field(default_factory=dict)
+    tokens: int | None = None
+    failed: bool = False
+
+    @property
+    def num_dense_rows(self) -> int:
+        return ALWAYS_DENSE if self.tokens is None else self.tokens
+
+    @property
+    def start(self) -> int:
+        """Tokens of the longest sequence that is dense as a whole, if any is sparse."""
+        return max(self.tokens or 0, self.always_dense)
+
+    def note(self, ratios: dict[int, float], length: int, found: Mapping[str, float]) -> None:
+        if self.label in found:
+            ratios[length] = found[self.label]
+        else:
+            self.failed = True
+
+    def is_open(self) -> bool:
+        """It ran, and was no slower, at every length yet."""
+        return not self.failed and all(ratio <= 1 for ratio in self.ratios.values())
+
+    def probes(self, lengths: Sequence[int]) -> list[int]:
+        """Where what is deployed is measured: around the length from which on it is sparse, and far from it."""
+        wanted = {lengths[0], lengths[-1]}
+        if self.tokens is not None:
+            wanted = {lengths[0], *(-(-tokens // UNIT) * UNIT for tokens in self._around())}
+        return [length for length in sorted(wanted) if lengths[0] <= length <= lengths[-1]]
+
+    def _around(self) -> tuple[int, ...]:
+        return self.start, self.start + 1, self.start * 3 // 2, 2 * self.start
+
+    def settle(self, lengths: Sequence[int]) -> bool:
+        """Whether what is deployed is fast enough; else it starts at the next length."""
+        slow = (
+            length for length, ratio in self.deployed.items() if length > self.start and not ratio <= DEPLOYED_LIMIT
+        )
+        if self.tokens is None or not any(slow):
+            return True
+        self.tokens = next((length for length in lengths if length > self.start), None)
+        self.deployed = {}
+        return False
 
 
 def tune_break_even(
     options: BreakEvenOptions, session: Session, *, progress: Progress = lambda text: None
 ) -> Iterator[Measured]:
-    """Each method's break-even length, as soon as it is known.
+    """Every method's break-even length, in the order of the options.
+
+    A method that cannot run at some length is left out; the session's absences say why.
 
     Args:
         options: what is measured.
@@ -183,55 +266,55 @@ def tune_break_even(
         progress: called with a line before each measurement.
 
     Raises:
-        ValueError: if the sparse operator or every dense one failed at a length.
+        ValueError: if no method or no dense attention could run.
     """
-    for method in options.methods:
-
-        def at_all_lengths(num_dense_rows: int, what: str, method: Method = method) -> Ratios:
-            ratios = []
-            for length in options.lengths:
-                progress(f"{method.name}, {length} tokens{what}")
-                layout = _layout(method, options.num_kv_heads, num_dense_rows)
-                ratios.append((length, time_ratio(session, options.shape(length), layout)))
-            return tuple(ratios)
-
-        ratios = at_all_lengths(0, "")
-        tokens = break_even_tokens(ratios)
-        rows = ALWAYS_DENSE if tokens is None else tokens
+    searches = [
+        _Search(label=label, method=method, always_dense=dense_len(method, options.num_kv_heads))
+        for label, method in options.labels.items()
+    ]
+    for length in reversed(options.lengths):
+        # Where a method reads every key it is no slower than dense, being dense.
+        open_ones = [search for search in searches if search.is_open() and length > search.always_dense]
+        if open_ones:
+            progress(f"{options.head_dim}, {length} tokens, {len(open_ones)} methods")
+            jobs = {search.label: (search.method, 0) for search in open_ones}
+            found = time_ratios(session, options.shape(length), jobs)
+            for search in open_ones:
+                search.note(search.ratios, length, found)
+    for search in searches:
+        if not search.failed and not search.ratios:
+            session.miss(CASE, search.label, f"reads every key of up to {search.always_dense} tokens")
+        search.tokens = break_even_tokens(list(search.ratios.items()))
+    done = [search for search in searches if search.ratios and not search.failed]
+    _deploy(done, options, session, progress)
+    done = [search for search in done if not search.failed]
+    if not done:
+        reasons = "; ".join(f"{absence.contender}: {absence.reason}" for absence in session.absences[-3:])
+        raise ValueError(f"no method could be measured ({reasons}); `sparse-hf env` shows why")
+    for search in done:
         yield Measured(
-            method=method,
+            method=search.method,
             arch=architecture_name(session.device),
-            tokens=tokens,
-            ratios=ratios,
-            deployed_ratios=at_all_lengths(rows, ", as deployed") if rows else ratios,
+            tokens=search.tokens,
+            ratios=tuple(sorted(search.ratios.items())),
+            deployed_ratios=tuple(sorted(search.deployed.items())),
             options=options,
         )
 
 
-def time_ratio(session: Session, shape: Shape, layout: AttentionLayout) -> float:
-    """Time of the sparse forward over that of the fastest dense one.
-
-    Measured twice, and the worse counts: single calls with a cold cache, and calls in a row, host time included.
-
-    Raises:
-        ValueError: if the sparse operator or every dense one failed.
-    """
-    dense = AttentionLayout.dense(shape.num_kv_heads)
-    contenders: Sequence[Contender] = (session.ours(), *session.peers)
-    entries = [
-        Entry(contender=session.ours(), shape=shape, layout=layout, work="sparse"),
-        *(Entry(contender=contender, shape=shape, layout=dense) for contender in contenders),
-    ]
-    worst = 0.0
-    for clock in (session.clock, session.chain_clock):
-        found = session.measure(CASE, entries, "forward", clock=clock)
-        ours = next((m for m in found.values() if m.work == "sparse"), None)
-        rivals = [m.ms for m in found.values() if m.work == "dense"]
-        if ours is None or not rivals:
-            reasons = "; ".join(f"{absence.contender}: {absence.reason}" for absence in session.absences[-3:])
-            raise ValueError(f"nothing to compare at {shape.seq_len} tokens ({reasons}); `sparse-hf env` shows why")
-        worst = max(worst, ours.ms / min(rivals))
-    return worst
+def _deploy(searches: Sequence[_Search], options: BreakEvenOptions, session: Session, progress: Progress) -> None:
+    """Measures what is deployed, and raises the lengths until it is fast enough."""
+    unsettled = list(searches)
+    while unsettled:
+        wanted = {length for search in unsettled for length in search.probes(options.lengths)}
+        for length in sorted(wanted):
+            here = [search for search in unsettled if length in search.probes(options.lengths)]
+            progress(f"{options.head_dim}, {length} tokens, {len(here)} methods as deployed")
+            jobs = {search.label: (search.method, search.num_dense_rows) for search in here}
+            found = time_ratios(session, options.shape(length), jobs)
+            for search in here:
+                search.note(search.deployed, length, found)
+        unsettled = [search for search in unsettled if not search.failed and not search.settle(options.lengths)]
 
 
 def write_break_even_table(path: Path, results: Sequence[Measured]) -> None:
@@ -242,9 +325,3 @@ def write_break_even_table(path: Path, results: Sequence[Measured]) -> None:
     """
     identity = ("arch", "method", "parameters", "head_dim")
     merge_entries(path, [result.entry() for result in results], identity=identity, check=checked_entry)
-
-
-def _layout(method: Method, num_kv_heads: int, num_dense_rows: int) -> AttentionLayout:
-    """The method on every head."""
-    config = SparseConfig(sparse=method, min_seq_len=num_dense_rows)
-    return head_layout([method] * num_kv_heads, config, UNBOUNDED)

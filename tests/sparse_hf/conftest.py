@@ -7,6 +7,7 @@ each method's definition. Every path of the library must reproduce it.
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,10 +29,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
 
 from sparse_hf import (
     BigBird,
+    CaptureStats,
     Dense,
     Dilated,
     Explicit,
@@ -38,6 +43,7 @@ from sparse_hf import (
     LayerRule,
     LocalGlobal,
     SlidingWindow,
+    SparseCache,
     SparseConfig,
     Streaming,
     Strided,
@@ -53,13 +59,8 @@ BLOCK = 8
 BLOCK_ROWS = 8  # the explicit pattern covers 64 tokens
 ORACLE = "test_oracle"
 
-COMMON = {
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 256,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
+NO_ENDS = {"eos_token_id": None, "bos_token_id": None}
+COMMON = {**NO_ENDS, "vocab_size": VOCAB, "max_position_embeddings": 256, "pad_token_id": 0}
 ROPE = {
     **COMMON,
     "hidden_size": 64,
@@ -326,8 +327,9 @@ class Case:
         assert not is_sparsified(self.oracle)
         self.oracle.config._attn_implementation = ORACLE
         layers = self.oracle.transformer.h if family == "gpt2" else self.oracle.model.layers
-        for n, layer in enumerate(layers):
-            (layer.attn if family == "gpt2" else layer.self_attn).oracle_rule = OracleRule(
+        self.oracle_modules = [layer.attn if family == "gpt2" else layer.self_attn for layer in layers]
+        for n, module in enumerate(self.oracle_modules):
+            module.oracle_rule = OracleRule(
                 keeps=[keep_of(mix, n, h, self.num_layers, self.num_heads) for h in range(self.num_heads)],
                 native_window=NATIVE_WINDOW if n in NATIVE_LAYERS.get(family, ()) else None,
                 min_seq_len=16 if mix == "min_seq_len" else 0,
@@ -336,16 +338,13 @@ class Case:
 
     def expected(self, tokens: Tensor, ends: Iterable[int] = ()) -> Tensor:
         """The oracle's logits `[length, vocab]` of one sequence; `ends` are those of the calls that it came in."""
-        layers = self.oracle.transformer.h if self.family == "gpt2" else self.oracle.model.layers
-        for layer in layers:
-            (layer.attn if self.family == "gpt2" else layer.self_attn).oracle_rule.ends = tuple(ends)
+        for module in self.oracle_modules:
+            module.oracle_rule.ends = tuple(ends)
         return self.oracle(tokens[None], use_cache=False).logits[0]
 
     def mask(self, layer: int, head: int, length: int) -> Tensor:
         """What the oracle lets a KV head read: boolean `[length, length]`."""
-        layers = self.oracle.transformer.h if self.family == "gpt2" else self.oracle.model.layers
-        module = layers[layer].attn if self.family == "gpt2" else layers[layer].self_attn
-        return oracle_mask(module.oracle_rule, head, length)
+        return oracle_mask(self.oracle_modules[layer].oracle_rule, head, length)
 
     def tokens(self, *lengths: int) -> list[Tensor]:
         return [torch.randint(1, VOCAB, (length,)) for length in lengths]
@@ -385,6 +384,52 @@ def case(make_case: Callable[[str, str], Case], family: str, mix: str) -> Case:
     return make_case(family, mix)
 
 
+@pytest.fixture(params=[*MIXES, "last_rows"])
+def any_case(make_case: Callable[[str, str], Case], family: str, request: pytest.FixtureRequest) -> Case:
+    """With "last_rows" too, for paths of a single call."""
+    return make_case(family, request.param)
+
+
+@pytest.fixture
+def new_cache() -> Callable[[str, PreTrainedModel], Cache]:
+    """`new_cache(name, model)`: an empty "sparse", "dynamic" or "static" one."""
+    kinds: dict[str, Callable[[PreTrainedModel], Cache]] = {
+        "sparse": SparseCache.for_model,
+        "dynamic": lambda model: DynamicCache(config=model.config),
+        "static": lambda model: StaticCache(config=model.config, max_cache_len=256),
+    }
+    return lambda name, model: kinds[name](model)
+
+
+class Counts:
+    """What captured figures are checked with."""
+
+    @staticmethod
+    def triangle(length: int) -> int:
+        return length * (length + 1) // 2
+
+    @staticmethod
+    def tiles(mask: Tensor, size: int, start: int = 0) -> int:
+        """Blocks with a pair of one row's mask `[q_len, kv_len]` whose first query stands at `start`."""
+        i, j = mask.nonzero(as_tuple=True)
+        return len(set(zip(((i + start) // size).tolist(), (j // size).tolist(), strict=True)))
+
+    @staticmethod
+    def assert_those_of_masks(stats: CaptureStats) -> None:
+        """Pairs of every branch, in each pass and layer."""
+        for one in stats:
+            for layer in one.layers:
+                for head in layer.heads:
+                    for branch in head.branches:
+                        mask = one.mask(layer.layer, branch.branch)[:, head.head]
+                        assert branch.kept_pairs == int(mask.sum()), (layer.layer, head.head, branch)
+
+
+@pytest.fixture(scope="session")
+def counts() -> type[Counts]:
+    return Counts
+
+
 @dataclass(kw_only=True)
 class Batch:
     """Sequences padded to one length; `position_ids` as generate makes them."""
@@ -404,6 +449,13 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         return self.upto(self.input_ids.shape[1])
+
+    @torch.no_grad()
+    def run(self, model: PreTrainedModel, cache: Cache, borders: Iterable[int]) -> Tensor:
+        """Logits `[rows, slots, vocab]` of calls that end at each border and at the last slot."""
+        ends = [0, *borders, self.input_ids.shape[1]]
+        steps = (self.upto(end, start) for start, end in pairwise(ends))
+        return torch.cat([model(**step, past_key_values=cache, use_cache=True).logits for step in steps], 1)
 
     def real(self, output: Tensor) -> list[Tensor]:
         """What belongs to each row's real tokens."""

@@ -363,24 +363,32 @@ def test_rates_without_a_rival_have_no_ratio() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("line", "words"),
     [
-        ((), "needs a CUDA device"),
-        (("--cases", "dense-forward,none"), "unknown cases none; known: dense-forward"),
-        (("--seq-lens", "4k"), "--seq-lens takes whole numbers"),
-        (("--kv-heads", "5"), "query heads must be a multiple of KV heads"),
-        (("--head-dim", "-1"), "must be positive"),
+        ("kernels", "needs a CUDA device"),
+        ("kernels --cases dense-forward,none", "unknown cases none; known: dense-forward"),
+        ("kernels --seq-lens 4k", "--seq-lens takes whole numbers"),
+        ("kernels --kv-heads 5", "query heads must be a multiple of KV heads"),
+        ("kernels --head-dim -1", "must be positive"),
+        ("patterns", "needs a CUDA device"),
+        ("patterns --patterns window,none", "unknown patterns none; known: window, block-sparse, dilated, triangle"),
+        ("patterns --seq-lens 4k", "--seq-lens takes whole numbers"),
+        ("patterns --kv-heads 5", "query heads must be a multiple of KV heads"),
+        ("methods", "needs a CUDA device"),
+        ("methods --methods streaming,none", "unknown methods none; known: dense, sliding_window, streaming"),
+        ("methods --head-dim 8", "needs a CUDA device"),
     ],
 )
 def test_errors_take_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    args: tuple[str, ...],
+    line: str,
     words: str,
 ) -> None:
+    """Of every benchmark, before anything is written."""
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["sparse-hf", "bench", "kernels", "--out", str(out), *args])
+    monkeypatch.setattr("sys.argv", ["sparse-hf", "bench", *line.split(), "--out", str(out)])
     with pytest.raises(SystemExit) as end:
         main()
     captured = capsys.readouterr()

@@ -24,7 +24,6 @@ from sparse_hf.bench.runner import run_benchmark, write_files
 from sparse_hf.bench.session import Session
 from sparse_hf.bench.testing import FakeClock, FakePeer
 from sparse_hf.bench.workload import Shape, make_inputs, selected_density
-from sparse_hf.cli import main
 from sparse_hf.figures import Figure
 from sparse_hf.methods import Explicit, FlexPrefill, MInference, XAttention, available_methods
 from sparse_hf_kernels import AttentionLayout, BlockSelection, HeadPattern
@@ -221,31 +220,6 @@ def test_a_run_leaves_what_a_table_shows(
 
 def rows_value(rows: Sequence[Mapping[str, float]], end: str) -> float:
     return next(row["value"] for row in rows if str(row["case"]).endswith(f"1000 tokens, {end}"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ((), "needs a CUDA device"),
-        (("--methods", "streaming,none"), "unknown methods none; known: dense, sliding_window, streaming"),
-        (("--head-dim", "8"), "needs a CUDA device"),
-    ],
-)
-def test_errors_take_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    args: tuple[str, ...],
-    words: str,
-) -> None:
-    out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["sparse-hf", "bench", "methods", "--out", str(out), *args])
-    with pytest.raises(SystemExit) as end:
-        main()
-    captured = capsys.readouterr()
-    assert end.value.code == 1 and captured.out == "" and not out.exists()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
 
 
 @pytest.mark.gpu

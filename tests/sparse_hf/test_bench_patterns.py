@@ -24,7 +24,6 @@ from sparse_hf.bench.session import Entry, Measurement, Session
 from sparse_hf.bench.testing import FakeClock, FakePeer
 from sparse_hf.bench.torch_sparse import Csr, TorchSparse
 from sparse_hf.bench.workload import Direction, Shape, density, make_inputs, random_blocks, uniform
-from sparse_hf.cli import main
 from sparse_hf.figures import Figure
 from sparse_hf.methods import Dilated
 from sparse_hf_kernels import AttentionLayout, HeadPattern
@@ -352,32 +351,6 @@ def test_full_and_quick_runs_compile_flex_where_they_say() -> None:
     assert PatternOptions(quick=True, patterns=("window",), torch_sparse_gib=4).command() == (
         "sparse-hf bench patterns --quick --patterns window --torch-sparse-gib 4"
     )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ((), "needs a CUDA device"),
-        (("--patterns", "window,none"), "unknown patterns none; known: window, block-sparse, dilated, triangle"),
-        (("--seq-lens", "4k"), "--seq-lens takes whole numbers"),
-        (("--kv-heads", "5"), "query heads must be a multiple of KV heads"),
-    ],
-)
-def test_errors_take_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    args: tuple[str, ...],
-    words: str,
-) -> None:
-    out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["sparse-hf", "bench", "patterns", "--out", str(out), *args])
-    with pytest.raises(SystemExit) as end:
-        main()
-    captured = capsys.readouterr()
-    assert end.value.code == 1 and captured.out == "" and not out.exists()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and words in captured.err
 
 
 @pytest.mark.gpu

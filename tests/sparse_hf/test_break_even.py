@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -21,6 +19,7 @@ from sparse_hf import (
     SlidingWindow,
     SparseConfig,
     Streaming,
+    XAttention,
     print_sparsity_summary,
     set_head_masks,
     sparsify,
@@ -28,24 +27,16 @@ from sparse_hf import (
     unsparsify,
 )
 from sparse_hf import break_even as lookup
-from sparse_hf.bench.contenders import Call
-from sparse_hf.bench.session import Session
-from sparse_hf.bench.workload import Shape
 from sparse_hf.break_even import ALWAYS_DENSE, break_even, break_even_tokens, described, resolve_min_seq_len
 from sparse_hf.cli.app import build_app
 from sparse_hf.patching import get_handle
-from sparse_hf.tune.break_even import (
-    BreakEvenOptions,
-    measurable_methods,
-    method_of,
-    tune_break_even,
-    write_break_even_table,
-)
 from sparse_hf_kernels import AttentionLayout, TokenPositions, sparse_attention_reference
 from sparse_hf_kernels.tiles import RowGeometry, TileShape, backward_table, forward_table
 
 CPU = torch.device("cpu")
 STREAMING, WIDE = Streaming(), Streaming(window_size=4096)
+XATTENTION = {"block_size": 128, "stride": 16, "threshold": 0.9, "sparsity_ratio": None}
+TINY_PARAMETERS = {"num_sink_tokens": 2, "window_size": 6}
 TINY_STREAMING = Streaming(num_sink_tokens=2, window_size=6)
 
 
@@ -158,142 +149,6 @@ def test_malformed_files(use: Callable[..., Path], bad: Any, words: str) -> None
     assert str(path) in str(caught.value)
 
 
-@dataclass
-class FakeClock:
-    """Times by (tokens of the step, label); `factor` spoils those of sparse attention."""
-
-    times: dict[tuple[int, str], float]
-    factor: float = 1.0
-    tokens: int = 0
-
-    def record(self, label: str, call: Callable[[], object]) -> float:
-        time = self.times[self.tokens, label]
-        return time * self.factor if label.endswith("sparse") else time
-
-    def read(self, handles: Sequence[float]) -> list[float]:
-        return list(handles)
-
-
-@dataclass(frozen=True)
-class Peer:
-    name: str = "SDPA flash"
-    refusal: str | None = None
-
-    def refuses(self, shape: Shape, layout: AttentionLayout) -> str | None:
-        return self.refusal or (None if layout.is_dense else "no pattern")
-
-    def bind(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Call:
-        def forward() -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        return Call(forward=forward, inputs=(q, k, v))
-
-
-OURS, DENSE, FLASH = "sparse_hf, sparse", "sparse_hf, dense", "SDPA flash, dense"
-OPTIONS = BreakEvenOptions(
-    methods=(TINY_STREAMING,), lengths=(384, 128, 256), num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32"
-)
-
-
-def fake_session(clock: FakeClock, chain: FakeClock, *peers: Peer) -> tuple[Session, Callable[[str], None], list[str]]:
-    session = Session(device=CPU, clock=clock, chain_clock=chain, peers=peers or (Peer(),), budget_ms=1)
-    lines: list[str] = []
-
-    def progress(text: str) -> None:
-        lines.append(text)
-        clock.tokens = chain.tokens = int(text.split(", ")[1].split()[0])
-
-    return session, progress, lines
-
-
-def times(ours: Sequence[float], dense: Sequence[float], flash: Sequence[float]) -> dict[tuple[int, str], float]:
-    columns = ((OURS, ours), (DENSE, dense), (FLASH, flash))
-    return {(length, label): row[i] for label, row in columns for i, length in enumerate((128, 256, 384))}
-
-
-def test_measured_against_the_fastest_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cold = FakeClock(times(ours=[9, 9, 9], dense=[10, 10, 12], flash=[6, 9.5, 20]))
-    session, progress, lines = fake_session(cold, FakeClock(times([1, 1, 1], [1, 1, 1], [1, 1, 1]), factor=0.9))
-    (result,) = tune_break_even(OPTIONS, session, progress=progress)
-    assert result.ratios == ((128, 1.5), (256, pytest.approx(9 / 9.5)), (384, 0.9))
-    assert result.tokens == 256 and result.arch == "cpu"
-    assert lines[:3] == ["streaming, 128 tokens", "streaming, 256 tokens", "streaming, 384 tokens"]
-    assert lines[3:] == [f"{line}, as deployed" for line in lines[:3]] and len(lines) == OPTIONS.num_steps
-    assert result.worst == (128, 1.5) and len(result.deployed_ratios) == 3
-    path = tmp_path / "new" / "table.json"
-    write_break_even_table(path, [result])
-    monkeypatch.setenv(lookup.VARIABLE, str(path))
-    lookup.measured.cache_clear()
-    found = break_even("cpu", TINY_STREAMING, 16)
-    assert found.tokens == 256 and dict(found.parameters) == {"num_sink_tokens": 2, "window_size": 6}
-
-
-def test_the_worse_of_cold_calls_and_calls_in_a_row_counts() -> None:
-    table = times([5, 5, 5], [10, 10, 10], [10, 10, 10])
-    for cold, chain in ((1.0, 3.0), (3.0, 1.0)):
-        session, progress, _ = fake_session(FakeClock(table, factor=cold), FakeClock(table, factor=chain))
-        (result,) = tune_break_even(OPTIONS, session, progress=progress)
-        assert [ratio for _, ratio in result.ratios] == [1.5] * 3 and result.tokens is None
-
-
-def test_dense_last_rows_are_checked_as_such() -> None:
-    """The check looks at slices of rows, whose last ones are not the last of the sequence."""
-    triangle = method_of('{"method": "triangle", "num_sink_tokens": 2, "window_size": 6, "num_last_tokens": 20}')
-    options = replace(OPTIONS, methods=(triangle,))
-    clock = FakeClock(times([5, 5, 5], [10, 10, 10], [10, 10, 10]))
-    session, progress, _ = fake_session(clock, clock)
-    assert next(tune_break_even(options, session, progress=progress)).tokens == 0 and session.absences == []
-
-
-def test_what_is_deployed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second series has the rows below the length dense."""
-    layouts = []
-
-    def note(session: Session, shape: Shape, layout: AttentionLayout) -> float:
-        layouts.append((shape.seq_len, layout.num_dense_rows, layout.patterns[0].window))
-        return {128: 1.2, 256: 0.9, 384: 0.8}[shape.seq_len]
-
-    monkeypatch.setattr("sparse_hf.tune.break_even.time_ratio", note)
-    session, progress, _ = fake_session(FakeClock({}), FakeClock({}))
-    assert next(tune_break_even(OPTIONS, session, progress=progress)).tokens == 256
-    assert layouts == [(n, rows, 6) for rows in (0, 256) for n in (128, 256, 384)]
-    monkeypatch.setattr("sparse_hf.tune.break_even.time_ratio", lambda *rest: 0.5)
-    always = next(tune_break_even(OPTIONS, session, progress=progress))
-    assert always.tokens == 0 and always.deployed_ratios == always.ratios, "not measured twice"
-
-
-def test_nothing_to_compare() -> None:
-    session, progress, _ = fake_session(FakeClock({}), FakeClock({}), Peer(refusal="not today"))
-    session.ours = lambda backend=None: Peer(refusal="broken")  # type: ignore[method-assign, assignment, return-value]
-    with pytest.raises(ValueError, match=r"nothing to compare at 128 tokens \(.*broken"):
-        next(tune_break_even(OPTIONS, session, progress=progress))
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"lengths": (100,)}, "multiples of 128"),
-        ({"lengths": ()}, "multiples of 128"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"num_kv_heads": 5}, "cannot be shared out"),
-        ({"methods": (Dense(),)}, "dense has no break-even length here"),
-    ],
-)
-def test_wrong_options(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        BreakEvenOptions(**values)
-
-
-def test_methods_by_name_or_json() -> None:
-    assert method_of("streaming") == STREAMING
-    assert method_of('{"method": "streaming", "window_size": 4096}') == WIDE
-    for text, words in (("stream", "unknown method"), ("{window", "a name or a JSON object"), ("explicit", "explicit")):
-        with pytest.raises(ValueError, match=words):
-            method_of(text)
-    names = {method.name for method in measurable_methods()}
-    assert {"streaming", "sliding_window"} <= names and not names & {"dense", "explicit"}
-
-
 def test_configuration() -> None:
     config = SparseConfig(min_seq_len="auto")
     assert config.to_dict()["min_seq_len"] == "auto" and SparseConfig.from_dict(config.to_dict()) == config
@@ -344,7 +199,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_auto_on_a_model(use: Callable[..., Path], caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
-    use(entry(arch="cpu", head_dim=16, tokens=16, device="my CPU"))
+    use(entry(arch="cpu", head_dim=16, tokens=16, device="my CPU", parameters=TINY_PARAMETERS))
     model, tokens = tiny_model(), torch.randint(0, 97, (1, 40))
     config = SparseConfig(sparse=TINY_STREAMING, min_seq_len="auto")
     with torch.no_grad(), caplog.at_level(logging.WARNING):
@@ -378,8 +233,33 @@ def test_auto_without_an_entry(caplog: pytest.LogCaptureFixture) -> None:
     assert "'streaming' is known for cpu with head_dim 16" in said and "sparse from the first token on" in said
 
 
+def test_other_parameters_are_said_once(use: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    use(
+        entry(arch="cpu", tokens=256),
+        entry(arch="cpu", tokens=512, parameters={"num_sink_tokens": 64, "window_size": 4096}),
+        entry(arch="cpu", method="xattention", parameters=XATTENTION, tokens=8192),
+    )
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            config = SparseConfig(sparse=Streaming(window_size=99), min_seq_len="auto")
+            assert resolve_min_seq_len(config, device=CPU, head_dim=128).min_seq_len == 512
+    said, starts = warnings_of(caplog)
+    assert '"window_size": 99} on cpu' in said and "512 tokens, with {" in said and '"window_size": 4096}' in said
+    assert """tune break-even --method '{"method": "streaming", "num_sink_tokens": 64, "window_size": 99}'""" in said
+    assert starts.startswith("sparse attention starts at 512 tokens")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        config = SparseConfig(full=XAttention(), min_seq_len="auto")
+        assert resolve_min_seq_len(config, device=CPU, head_dim=128).min_seq_len == 8192
+        (starts,) = warnings_of(caplog)
+        assert starts.startswith("sparse attention starts at 8192 tokens; queries before are dense (xattention {")
+        config = SparseConfig(full=XAttention(threshold=(0.5,) * 32), min_seq_len="auto")
+        assert resolve_min_seq_len(config, device=CPU, head_dim=128).min_seq_len == 8192
+    assert '"threshold": "32 values"' in warnings_of(caplog)[-1]
+
+
 def test_auto_that_never_pays_stays_dense(use: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
-    use(entry(arch="cpu", head_dim=16, tokens=None))
+    use(entry(arch="cpu", head_dim=16, tokens=None, parameters=TINY_PARAMETERS))
     model, tokens = tiny_model(), torch.randint(0, 97, (1, 40))
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         dense = model(tokens).logits
@@ -420,40 +300,3 @@ def test_inspect_shows_the_resolved_length(tmp_path: Path, use: Callable[..., Pa
     assert told["min_seq_len"] == 128 and told["config"]["min_seq_len"] == "auto"
     shown = CliRunner().invoke(build_app(), command, catch_exceptions=False).stdout
     assert "dense below 128 tokens" in shown
-
-
-def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cold = FakeClock(times([9, 9, 9], [10, 10, 12], [6, 9.5, 20]))
-    session, _, _ = fake_session(cold, cold)
-    monkeypatch.setattr("sparse_hf.tune.break_even.break_even_session", lambda options: session)
-
-    def tuned(options: Any, session: Session, progress: Callable[[str], object]) -> Iterator[Any]:
-        def both(text: str) -> None:
-            cold.tokens = int(text.split(", ")[1].split()[0])
-            progress(text)
-
-        return tune_break_even(options, session, progress=both)
-
-    monkeypatch.setattr("sparse_hf.tune.break_even.tune_break_even", tuned)
-    method = json.dumps(TINY_STREAMING.to_dict())
-    command = ["tune", "break-even", "--model-shape", "2x1x16", "--method", method, "--dtype", "float32"]
-    command += ["--lengths", "128,256,384"]
-    shown = CliRunner().invoke(build_app(), command, env={"COLUMNS": "200"}, catch_exceptions=False)
-    assert "256" in shown.stdout and "1.500 at 128" in shown.stdout
-    path = tmp_path / "cache" / "sparse_hf" / "break_even.json"
-    assert f"wrote {path}" in shown.stderr and json.loads(path.read_text())["entries"][0]["tokens"] == 256
-    told = CliRunner().invoke(build_app(), [*command, "--json", "--out", str(tmp_path / "x.json")])
-    assert json.loads(told.stdout)[0]["ratios"]["128"] == 1.5 and (tmp_path / "x.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("--model-shape", "32x8"), "--model-shape takes query heads x KV heads x head_dim"),
-        (("--lengths", "100"), "multiples of 128"),
-        (("--method", "nothing"), "unknown method"),
-    ],
-)
-def test_command_line_errors(args: tuple[str, ...], words: str) -> None:
-    shown = CliRunner().invoke(build_app(), ["tune", "break-even", *args])
-    assert isinstance(shown.exception, ValueError) and words in str(shown.exception)

@@ -3,22 +3,20 @@
 A dense copy of the model takes the captured masks: its masked softmax must give the sparse model's logits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from sparse_hf import (
     CaptureStats,
     FlexPrefill,
     LayerRule,
     MInference,
-    SparseCache,
     SparseConfig,
     Streaming,
     XAttention,
@@ -54,39 +52,6 @@ DYNAMIC = {
     "minference": SparseConfig(sparse=MINFERENCE),
     "min_seq_len": SparseConfig(full=XATTENTION, sparse=STREAMING, head_masks=((1, 0), (1, 0)), min_seq_len=130),
 }
-CACHES = {
-    "sparse": SparseCache.for_model,
-    "dynamic": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=256),
-}
-
-
-def triangle(length: int) -> int:
-    return length * (length + 1) // 2
-
-
-def assert_counts_are_those_of_masks(stats: CaptureStats) -> None:
-    """Pairs of every branch, in each pass and layer."""
-    for one in stats:
-        for layer in one.layers:
-            for head in layer.heads:
-                for branch in head.branches:
-                    mask = one.mask(layer.layer, branch.branch)[:, head.head]
-                    assert branch.kept_pairs == int(mask.sum()), (layer.layer, head.head, branch)
-
-
-def read_tiles(mask: Tensor, size: int, start: int = 0) -> int:
-    """Blocks with a pair of one row's mask `[q_len, kv_len]` whose first query stands at `start`."""
-    i, j = mask.nonzero(as_tuple=True)
-    return len(set(zip(((i + start) // size).tolist(), (j // size).tolist(), strict=True)))
-
-
-@torch.no_grad()
-def run_steps(model: PreTrainedModel, batch: Any, cache: Any, borders: Sequence[int]) -> Tensor:
-    """Logits of a batch that comes in chunks."""
-    ends = [0, *borders, batch.input_ids.shape[1]]
-    parts = (model(**batch.upto(end, start), past_key_values=cache).logits for start, end in pairwise(ends))
-    return torch.cat(list(parts), 1)
 
 
 def replay_attention(
@@ -141,18 +106,18 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[BlockSelection]:
     return found
 
 
-def test_dynamic_batch(make_model: Callable, name: str, selections: list[BlockSelection]) -> None:
+def test_dynamic_batch(make_model: Callable, name: str, selections: list[BlockSelection], counts: Any) -> None:
     model = sparsify(make_model("llama"), DYNAMIC[name])
     ids = torch.randint(1, 99, (2, 230))
     with capture(model, masks=True) as stats:
         logits = model(ids, use_cache=False).logits
     assert_close(replaying(make_model, stats)(ids, use_cache=False).logits, logits)
-    assert_counts_are_those_of_masks(stats)
+    counts.assert_those_of_masks(stats)
     assert all(layer.density < 0.95 for layer in stats.layers), "a layer reads everything: the test could not fail"
     for layer, selection in zip(stats.layers, selections, strict=True):
         for head in layer.heads:
             (branch,) = head.branches
-            assert branch.causal_pairs == 2 * triangle(230) and head.density == branch.density
+            assert branch.causal_pairs == 2 * counts.triangle(230) and head.density == branch.density
             if branch.method == STREAMING:
                 assert (branch.window, branch.num_sink_tokens, branch.kept_blocks) == (30, 2, None)
                 continue
@@ -162,12 +127,12 @@ def test_dynamic_batch(make_model: Callable, name: str, selections: list[BlockSe
             assert branch.kept_columns == (0 if columns is None else int((columns[:, head.head] >= 0).sum()))
             assert branch.block_share == branch.kept_blocks / branch.causal_blocks
             if columns is None:
-                tiles = (read_tiles(mask, SIZE) for mask in stats.mask(layer.layer)[:, head.head])
+                tiles = (counts.tiles(mask, SIZE) for mask in stats.mask(layer.layer)[:, head.head])
                 assert branch.kept_blocks == sum(tiles)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_dynamic_padded(make_model: Callable, name: str, pad: Callable, side: str) -> None:
+def test_dynamic_padded(make_model: Callable, name: str, pad: Callable, side: str, counts: Any) -> None:
     model = sparsify(make_model("llama"), DYNAMIC[name])
     sequences = [torch.randint(1, 99, (length,)) for length in (250, 40, 250, 201, 1)]
     batch = pad(sequences, side)
@@ -176,36 +141,38 @@ def test_dynamic_padded(make_model: Callable, name: str, pad: Callable, side: st
     again = replaying(make_model, stats)(**batch.inputs, use_cache=False).logits
     for ours, theirs in zip(batch.real(logits), batch.real(again), strict=True):
         assert_close(theirs, ours)
-    assert_counts_are_those_of_masks(stats)
+    counts.assert_those_of_masks(stats)
     for head in (head for layer in stats.layers for head in layer.heads):
-        assert head.causal_pairs == sum(triangle(len(tokens)) for tokens in sequences)
+        assert head.causal_pairs == sum(counts.triangle(len(tokens)) for tokens in sequences)
         assert head.branches[0].queries == sum(map(len, sequences))
 
 
-def test_dynamic_packed(make_model: Callable, name: str, pack: Callable) -> None:
+def test_dynamic_packed(make_model: Callable, name: str, pack: Callable, counts: Any) -> None:
     model = sparsify(make_model("llama"), DYNAMIC[name])
     lengths = [[230, 1, 20], [21, 230]]
     inputs = pack([[torch.randint(1, 99, (length,)) for length in row] for row in lengths])
     with capture(model, masks=True) as stats:
         logits = model(**inputs, use_cache=False).logits
     assert_close(replaying(make_model, stats)(**inputs, use_cache=False).logits, logits)
-    assert_counts_are_those_of_masks(stats)
-    assert stats.layers[0].heads[0].causal_pairs == sum(triangle(length) for row in lengths for length in row)
+    counts.assert_those_of_masks(stats)
+    assert stats.layers[0].heads[0].causal_pairs == sum(counts.triangle(length) for row in lengths for length in row)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_dynamic_chunks_and_decoding(make_model: Callable, name: str, cache: str, pad: Callable) -> None:
+@pytest.mark.parametrize("cache", ["sparse", "dynamic", "static"])
+def test_dynamic_chunks_and_decoding(
+    make_model: Callable, name: str, cache: str, pad: Callable, counts: Any, new_cache: Callable
+) -> None:
     """Slots and positions are the same here, so that one replay serves all caches."""
     model = sparsify(make_model("llama"), DYNAMIC[name])
     batch, borders = pad([torch.randint(1, 99, (240,)) for _ in range(2)], "left"), [64, 100, 238, 239]
     with capture(model, masks=True) as stats:
-        logits = run_steps(model, batch, CACHES[cache](model), borders)
-    assert_counts_are_those_of_masks(stats)
+        logits = batch.run(model, new_cache(cache, model), borders)
+    counts.assert_those_of_masks(stats)
     dense_model = replaying(make_model, stats)
-    assert_close(run_steps(dense_model, batch, DynamicCache(config=dense_model.config), borders), logits)
+    assert_close(batch.run(dense_model, DynamicCache(config=dense_model.config), borders), logits)
     for layer in stats.layers:
         for head in layer.heads:
-            assert head.causal_pairs == 2 * triangle(240)
+            assert head.causal_pairs == 2 * counts.triangle(240)
     # Decoding reads every key where heads choose, prefill does not; the sum has both.
     chosen = stats[1:3].layers[0].heads[1]
     assert stats[3:].layers[0].heads[1].density == 1 > chosen.density
@@ -216,13 +183,15 @@ def test_dynamic_chunks_and_decoding(make_model: Callable, name: str, cache: str
 
 
 @pytest.mark.parametrize("cache", ["sparse", "dynamic"])
-def test_dynamic_padded_chunks(make_model: Callable, name: str, cache: str, pad: Callable) -> None:
+def test_dynamic_padded_chunks(
+    make_model: Callable, name: str, cache: str, pad: Callable, counts: Any, new_cache: Callable
+) -> None:
     model = sparsify(make_model("llama"), DYNAMIC[name])
     batch = pad([torch.randint(1, 99, (length,)) for length in (240, 177, 111)], "left")
     with capture(model, masks=True) as stats:
-        run_steps(model, batch, CACHES[cache](model), [130, 200, 238, 239])
-    assert_counts_are_those_of_masks(stats)
-    assert stats.layers[1].heads[3].causal_pairs == sum(map(triangle, (240, 177, 111)))
+        batch.run(model, new_cache(cache, model), [130, 200, 238, 239])
+    counts.assert_those_of_masks(stats)
+    assert stats.layers[1].heads[3].causal_pairs == sum(map(counts.triangle, (240, 177, 111)))
 
 
 def test_parameters_per_head(make_model: Callable) -> None:

@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from sparse_hf import (
-    CaptureStats,
     SlidingWindow,
-    SparseCache,
     SparseConfig,
     Streaming,
     XAttention,
@@ -30,32 +27,6 @@ from sparse_hf.patching import get_handle
 
 STREAMING = Streaming(num_sink_tokens=2, window_size=30)
 XATTENTION = XAttention(stride=4, threshold=(0.2, 0.5, 0.3, 0.1), block_size=64)
-CACHES = {
-    "sparse": SparseCache.for_model,
-    "dynamic": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=256),
-}
-
-
-def triangle(length: int) -> int:
-    return length * (length + 1) // 2
-
-
-def assert_counts_are_those_of_masks(stats: CaptureStats) -> None:
-    """Pairs of every branch, in each pass and layer."""
-    for one in stats:
-        for layer in one.layers:
-            for head in layer.heads:
-                for branch in head.branches:
-                    mask = one.mask(layer.layer, branch.branch)[:, head.head]
-                    assert branch.kept_pairs == int(mask.sum()), (layer.layer, head.head, branch)
-
-
-def read_tiles(mask: Tensor, size: int, start: int = 0) -> int:
-    """Blocks with a pair of one row's mask `[q_len, kv_len]` whose first query stands at `start`."""
-    i, j = mask.nonzero(as_tuple=True)
-    return len(set(zip(((i + start) // size).tolist(), (j // size).tolist(), strict=True)))
-
 
 # Static methods, by definition.
 
@@ -76,7 +47,7 @@ def oracle(case: Any, layer: int, query_head: int, length: int, ends: Sequence[i
     return case.mask(layer, query_head // 2, length)
 
 
-def test_plain_batch(case: Any) -> None:
+def test_plain_batch(case: Any, counts: Any) -> None:
     ids = torch.stack(case.tokens(41, 41))
     with capture(case.model, masks=True) as stats:
         case.model(ids, use_cache=False)
@@ -86,18 +57,18 @@ def test_plain_batch(case: Any) -> None:
             truth = oracle(case, layer.layer, head.head, 41)
             (branch,) = head.branches
             assert torch.equal(stats.mask(layer.layer)[:, head.head], truth.expand(2, -1, -1))
-            assert (branch.kept_pairs, branch.causal_pairs) == (2 * int(truth.sum()), 2 * triangle(41))
-            assert branch.queries == 82 and head.density == int(truth.sum()) / triangle(41)
+            assert (branch.kept_pairs, branch.causal_pairs) == (2 * int(truth.sum()), 2 * counts.triangle(41))
+            assert branch.queries == 82 and head.density == int(truth.sum()) / counts.triangle(41)
             assert stats.density[layer.layer, head.head] == head.density
             if branch.block_size is not None:
-                assert branch.kept_blocks == 2 * read_tiles(truth, branch.block_size)
-                assert branch.causal_blocks == 2 * triangle(-(-41 // branch.block_size))
+                assert branch.kept_blocks == 2 * counts.tiles(truth, branch.block_size)
+                assert branch.causal_blocks == 2 * counts.triangle(-(-41 // branch.block_size))
     summary = sparsity_summary(case.model, 41)
     assert [layer.density for layer in stats.layers] == pytest.approx([x.attention_density for x in summary.layers])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded(case: Any, pad: Callable, side: str) -> None:
+def test_padded(case: Any, pad: Callable, side: str, counts: Any) -> None:
     sequences = case.tokens(33, 3, 21)
     batch = pad(sequences, side)
     with capture(case.model, masks=True) as stats:
@@ -111,12 +82,12 @@ def test_padded(case: Any, pad: Callable, side: str) -> None:
             (branch,) = head.branches
             assert torch.equal(stats.mask(layer.layer)[:, head.head], whole)
             assert branch.kept_pairs == sum(int(truth.sum()) for truth in truths)
-            assert (branch.queries, branch.causal_pairs) == (57, sum(map(triangle, (33, 3, 21))))
+            assert (branch.queries, branch.causal_pairs) == (57, sum(map(counts.triangle, (33, 3, 21))))
             if branch.block_size is not None:
-                assert branch.kept_blocks == sum(read_tiles(truth, branch.block_size) for truth in truths)
+                assert branch.kept_blocks == sum(counts.tiles(truth, branch.block_size) for truth in truths)
 
 
-def test_packed(case: Any, pack: Callable) -> None:
+def test_packed(case: Any, pack: Callable, counts: Any) -> None:
     lengths = [[30, 1, 17], [9, 39]]
     with capture(case.model, masks=True) as stats:
         case.model(**pack([case.tokens(*row) for row in lengths]), use_cache=False)
@@ -127,28 +98,22 @@ def test_packed(case: Any, pack: Callable) -> None:
             (branch,) = head.branches
             assert torch.equal(stats.mask(layer.layer)[:, head.head], whole)
             assert branch.kept_pairs == int(whole.sum())
-            assert branch.causal_pairs == sum(triangle(length) for row in lengths for length in row)
+            assert branch.causal_pairs == sum(counts.triangle(length) for row in lengths for length in row)
             if branch.block_size is not None:
-                tiles = (read_tiles(truth, branch.block_size) for row in truths for truth in row)
+                tiles = (counts.tiles(truth, branch.block_size) for row in truths for truth in row)
                 assert branch.kept_blocks == sum(tiles)
 
 
-@torch.no_grad()
-def run_steps(model: PreTrainedModel, batch: Any, cache: Any, borders: Sequence[int]) -> Tensor:
-    """Logits of a batch that comes in chunks."""
-    ends = [0, *borders, batch.input_ids.shape[1]]
-    parts = (model(**batch.upto(end, start), past_key_values=cache).logits for start, end in pairwise(ends))
-    return torch.cat(list(parts), 1)
-
-
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["sparse", "dynamic", "static"])
 @pytest.mark.parametrize("lengths", [(50, 50), (50, 31)], ids=["plain", "padded"])
-def test_chunks_and_decoding(case: Any, pad: Callable, cache: str, lengths: tuple[int, int]) -> None:
+def test_chunks_and_decoding(
+    case: Any, pad: Callable, cache: str, lengths: tuple[int, int], counts: Any, new_cache: Callable
+) -> None:
     """Each call apart; with a SparseCache masks are by position, so that padding has no column."""
     borders = [13, 40, 48, 49]
     batch = pad(case.tokens(*lengths), "left")
     with capture(case.model, masks=True) as stats:
-        run_steps(case.model, batch, CACHES[cache](case.model), borders)
+        batch.run(case.model, new_cache(cache, case.model), borders)
     assert len(stats) == 5
     gaps = [50 - length for length in lengths]
     for layer in range(case.num_layers):
@@ -166,7 +131,7 @@ def test_chunks_and_decoding(case: Any, pad: Callable, cache: str, lengths: tupl
                 assert int(one.mask(layer)[:, head].sum()) == branch.kept_pairs
                 if branch.block_size is not None:
                     tiles = (
-                        read_tiles(part, branch.block_size, max(start - gap, 0))
+                        counts.tiles(part, branch.block_size, max(start - gap, 0))
                         for part, gap in zip(kept, gaps, strict=True)
                     )
                     assert branch.kept_blocks == sum(tiles)
@@ -178,7 +143,7 @@ def test_chunks_and_decoding(case: Any, pad: Callable, cache: str, lengths: tupl
                 total += branch.kept_pairs
             (branch,) = stats.layers[layer].heads[head].branches
             assert branch.kept_pairs == total == sum(int(truth.sum()) for truth in truths)
-            assert branch.causal_pairs == sum(map(triangle, lengths))
+            assert branch.causal_pairs == sum(map(counts.triangle, lengths))
 
 
 # Gates, and what is left behind.
@@ -186,15 +151,15 @@ def test_chunks_and_decoding(case: Any, pad: Callable, cache: str, lengths: tupl
 
 @pytest.mark.parametrize("skip_saturated", [False, True])
 @pytest.mark.parametrize("full", [XATTENTION, "dense"], ids=["dynamic", "static"])
-def test_gates(make_model: Callable, full: Any, skip_saturated: bool) -> None:
+def test_gates(make_model: Callable, full: Any, skip_saturated: bool, counts: Any) -> None:
     """Both branches and their blend; a branch that was not computed is missing."""
     model = sparsify(make_model("llama"), SparseConfig(full=full, sparse=STREAMING)).train()
     for state, values in zip(get_handle(model).states, ([0.25, 1.0], [0.0, 0.75]), strict=True):
         state.gate, state.skip_saturated = (lambda values=values: torch.tensor(values)), skip_saturated
     with capture(model, masks=True) as stats:
         model(torch.randint(1, 99, (1, 200)), use_cache=False).logits.sum().backward()
-    assert_counts_are_those_of_masks(stats)
-    streamed = sum(min(i + 1, 32) for i in range(200)) / triangle(200)
+    counts.assert_those_of_masks(stats)
+    streamed = sum(min(i + 1, 32) for i in range(200)) / counts.triangle(200)
     first, last = stats.layers[0].heads[0], stats.layers[0].heads[3]
     assert [branch.branch for branch in first.branches] == ["full", "sparse"]
     assert [head.gate for head in stats.layers[0].heads] == [0.25, 0.25, 1.0, 1.0]
@@ -210,7 +175,7 @@ def test_gates(make_model: Callable, full: Any, skip_saturated: bool) -> None:
         stats.mask(0)
 
 
-def test_gates_are_averaged_over_passes(make_model: Callable) -> None:
+def test_gates_are_averaged_over_passes(make_model: Callable, counts: Any) -> None:
     model = sparsify(make_model("llama"), SparseConfig(sparse=STREAMING))
     with capture(model) as stats:
         for value, length in ((0.2, 40), (0.6, 50)):
@@ -221,7 +186,7 @@ def test_gates_are_averaged_over_passes(make_model: Callable) -> None:
             state.gate = None
         model(torch.randint(1, 99, (1, 9)), use_cache=False)
     one, two, deployed = (x.layers[0].heads[0] for x in stats)
-    both, weights = stats[:2].layers[0].heads[0], (triangle(40), triangle(50))
+    both, weights = stats[:2].layers[0].heads[0], (counts.triangle(40), counts.triangle(50))
     assert deployed.gate is None and stats.layers[0].heads[0].gate == both.gate
     assert both.gate == pytest.approx((0.2 * weights[0] + 0.6 * weights[1]) / sum(weights))
     assert both.density == pytest.approx((one.density * weights[0] + two.density * weights[1]) / sum(weights))
@@ -286,7 +251,7 @@ def test_a_pass_that_failed(make_model: Callable) -> None:
         stats.mask(0)
 
 
-def test_methods_that_change_are_kept_apart(make_model: Callable) -> None:
+def test_methods_that_change_are_kept_apart(make_model: Callable, counts: Any) -> None:
     model = sparsify(make_model("llama"), SparseConfig(sparse=STREAMING, head_masks="all_full"))
     ids = torch.randint(1, 99, (1, 40))
     with capture(model) as stats:
@@ -297,7 +262,9 @@ def test_methods_that_change_are_kept_apart(make_model: Callable) -> None:
     assert [branch.method.name for branch in stats.layers[0].heads[0].branches] == ["dense", "streaming"]
     assert [branch.queries for branch in stats.layers[0].heads[0].branches] == [40, 80]
     streamed = sum(min(i + 1, 32) for i in range(40))
-    assert stats.layers[0].heads[0].density == pytest.approx((triangle(40) + 2 * streamed) / (3 * triangle(40)))
+    assert stats.layers[0].heads[0].density == pytest.approx(
+        (counts.triangle(40) + 2 * streamed) / (3 * counts.triangle(40))
+    )
     assert [branch.queries for branch in stats.layers[1].heads[0].branches] == [120]
 
 

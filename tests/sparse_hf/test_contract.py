@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from sparse_hf import SparseCache, available_families, available_methods
 
 NATIVE = ("qwen2_native", "mistral_native")
-CACHES = {
-    "sparse": SparseCache.for_model,
-    "dynamic": lambda model: DynamicCache(config=model.config),
-}
+CACHES = ("sparse", "dynamic")
 
 
 def test_matrix_is_complete(prototypes: dict, make_case: Callable) -> None:
@@ -49,25 +46,26 @@ def test_the_oracle_tells_one_token_apart(make_case: Callable, change: str) -> N
     assert (case.expected(tokens) - before).abs().max() > 0.1
 
 
-def test_plain_batch_and_gradients(case: Any) -> None:
-    sequences = case.tokens(40, 40)
-    case.model.train()
-    logits = case.model(torch.stack(sequences), use_cache=False).logits
+def test_plain_batch_and_gradients(any_case: Any) -> None:
+    sequences = any_case.tokens(40, 40)
+    any_case.model.train()
+    logits = any_case.model(torch.stack(sequences), use_cache=False).logits
     for row, tokens in zip(logits, sequences, strict=True):
-        case.assert_logits(row, case.expected(tokens))
-    case.assert_gradients(list(logits), sequences)
+        any_case.assert_logits(row, any_case.expected(tokens))
+    any_case.assert_gradients(list(logits), sequences)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch_and_gradients(case: Any, pad: Callable, side: str) -> None:
-    sequences = case.tokens(33, 7, 21)
+def test_padded_batch_and_gradients(any_case: Any, pad: Callable, side: str) -> None:
+    """Last rows are those of each sequence, not of the batch."""
+    sequences = any_case.tokens(33, 3, 21)
     batch = pad(sequences, side)
-    case.model.train()
-    logits = case.model(**batch.inputs, use_cache=False).logits
+    any_case.model.train()
+    logits = any_case.model(**batch.inputs, use_cache=False).logits
     assert logits.isfinite().all()
     for row, tokens in zip(batch.real(logits), sequences, strict=True):
-        case.assert_logits(row, case.expected(tokens))
-    case.assert_gradients(batch.real(logits), sequences)
+        any_case.assert_logits(row, any_case.expected(tokens))
+    any_case.assert_gradients(batch.real(logits), sequences)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_native"])
@@ -83,15 +81,15 @@ def test_padded_batch_without_position_ids(make_case: Callable, pad: Callable, f
         torch.testing.assert_close(row, case.expected(tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_packed_training(case: Any, pack: Callable) -> None:
-    rows = [case.tokens(30, 1, 17), case.tokens(9, 39)]
-    case.model.train()
-    logits = case.model(**pack(rows), use_cache=False).logits
+def test_packed_training(any_case: Any, pack: Callable) -> None:
+    rows = [any_case.tokens(30, 1, 17), any_case.tokens(9, 39)]
+    any_case.model.train()
+    logits = any_case.model(**pack(rows), use_cache=False).logits
     documents = [document for row in rows for document in row]
     parts = [part for row, line in zip(rows, logits, strict=True) for part in line.split([len(x) for x in row])]
     for part, tokens in zip(parts, documents, strict=True):
-        case.assert_logits(part, case.expected(tokens))
-    case.assert_gradients(parts, documents)
+        any_case.assert_logits(part, any_case.expected(tokens))
+    any_case.assert_gradients(parts, documents)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_native", "gpt2"])
@@ -123,56 +121,37 @@ def test_packed_row_may_be_longer_than_an_explicit_pattern(make_case: Callable, 
         case.assert_logits(part, case.expected(tokens))
 
 
-@torch.no_grad()
-def run_chunked(case: Any, batch: Any, cache: Any, chunk: int) -> torch.Tensor:
-    length = batch.input_ids.shape[1]
-    parts = []
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        parts.append(case.model(**batch.upto(end, start), past_key_values=cache, use_cache=True).logits)
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize("cache", CACHES)
-def test_chunked_prefill(case: Any, pad: Callable, cache: str) -> None:
+def test_chunked_prefill(case: Any, pad: Callable, cache: str, new_cache: Callable) -> None:
     sequences = case.tokens(45, 29)
     batch = pad(sequences, "left")
     for chunk in (7, 16, 45):
-        logits = run_chunked(case, batch, CACHES[cache](case.model), chunk)
+        logits = batch.run(case.model, new_cache(cache, case.model), range(chunk, 45, chunk))
         for row, tokens in zip(batch.real(logits), sequences, strict=True):
             case.assert_logits(row, case.expected(tokens), f"chunks of {chunk}")
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("mix", ["mixed", "min_seq_len"])
-def test_chunks_of_one_token(case: Any, pad: Callable, mix: str, cache: str) -> None:
+def test_chunks_of_one_token(case: Any, pad: Callable, mix: str, cache: str, new_cache: Callable) -> None:
     sequences = case.tokens(33, 20)
     batch = pad(sequences, "left")
-    logits = run_chunked(case, batch, CACHES[cache](case.model), 1)
+    logits = batch.run(case.model, new_cache(cache, case.model), range(1, 33))
     for row, tokens in zip(batch.real(logits), sequences, strict=True):
         case.assert_logits(row, case.expected(tokens))
 
 
-@torch.no_grad()
-def run_decode(case: Any, batch: Any, cache: Any, prefill: int) -> torch.Tensor:
-    """Prefill of the first slots, then one token at a time."""
-    parts = [case.model(**batch.upto(prefill), past_key_values=cache, use_cache=True).logits]
-    for end in range(prefill + 1, batch.input_ids.shape[1] + 1):
-        parts.append(case.model(**batch.upto(end, end - 1), past_key_values=cache, use_cache=True).logits)
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize("cache", CACHES)
-def test_cached_decode_after_left_padding(case: Any, pad: Callable, cache: str) -> None:
+def test_cached_decode_after_left_padding(case: Any, pad: Callable, cache: str, new_cache: Callable) -> None:
     sequences = case.tokens(44, 31, 15)
     batch = pad(sequences, "left")
-    logits = run_decode(case, batch, CACHES[cache](case.model), 33)
+    logits = batch.run(case.model, new_cache(cache, case.model), range(33, 44))
     for row, tokens in zip(batch.real(logits), sequences, strict=True):
         case.assert_logits(row, case.expected(tokens))
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_cached_decode_after_right_padding(case: Any, slots: Callable, cache: str) -> None:
+def test_cached_decode_after_right_padding(case: Any, slots: Callable, cache: str, new_cache: Callable) -> None:
     """The gap between a short prompt and its continuation is no border and no distance."""
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 11:30] = False  # 30 and 11 prompt tokens, 10 more each
@@ -181,9 +160,9 @@ def test_cached_decode_after_right_padding(case: Any, slots: Callable, cache: st
     if cache == "dynamic" and case.family in NATIVE:
         # transformers' sliding layers count the gap as tokens and drop what is still in the window.
         with pytest.raises(ValueError, match="counts padding between tokens"):
-            run_decode(case, batch, CACHES[cache](case.model), 30)
+            batch.run(case.model, new_cache(cache, case.model), range(30, 40))
         return
-    logits = run_decode(case, batch, CACHES[cache](case.model), 30)
+    logits = batch.run(case.model, new_cache(cache, case.model), range(30, 40))
     for row, tokens in zip(batch.real(logits), sequences, strict=True):
         case.assert_logits(row, case.expected(tokens))
 
@@ -191,7 +170,9 @@ def test_cached_decode_after_right_padding(case: Any, slots: Callable, cache: st
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_second_turn_with_padding(make_case: Callable, slots: Callable, family: str, cache: str, side: str) -> None:
+def test_second_turn_with_padding(
+    make_case: Callable, slots: Callable, family: str, cache: str, side: str, new_cache: Callable
+) -> None:
     """A second chunk whose padding lies between the row's earlier tokens and its new ones."""
     case = make_case(family, "mixed")
     mask = torch.ones(2, 40, dtype=torch.bool)
@@ -200,7 +181,7 @@ def test_second_turn_with_padding(make_case: Callable, slots: Callable, family: 
     mask[1, 32:] = side == "left"
     sequences = case.tokens(40, int(mask[1].sum()))
     batch = slots(sequences, mask)
-    logits = run_chunked(case, batch, CACHES[cache](case.model), 20)
+    logits = batch.run(case.model, new_cache(cache, case.model), [20])
     for row, tokens in zip(batch.real(logits), sequences, strict=True):
         case.assert_logits(row, case.expected(tokens))
 
@@ -231,7 +212,7 @@ def test_static_cache(case: Any, pad: Callable, mix: str, side: str) -> None:
     batch = pad(sequences, "left")
     cache = StaticCache(config=case.model.config, max_cache_len=64)
     if side == "left":
-        logits = run_decode(case, batch, cache, 28)
+        logits = batch.run(case.model, cache, range(28, 36))
     else:
         with torch.no_grad():
             steps = [(0, 20), (20, 30), *((n, n + 1) for n in range(30, 36))]

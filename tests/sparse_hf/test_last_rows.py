@@ -8,15 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
 
 from sparse_hf import SparseCache
-
-CACHES = {
-    "sparse": SparseCache.for_model,
-    "dynamic": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
-}
 
 
 @pytest.fixture(params=["llama", "qwen2_native", "gpt2"])
@@ -30,60 +23,19 @@ def test_the_oracle_tells_one_last_row_apart(last_rows: Any) -> None:
     assert (last_rows.expected(tokens, [21, 40]) - before).abs().max() > 0.1
 
 
-def test_plain_batch_and_gradients(last_rows: Any) -> None:
-    sequences = last_rows.tokens(40, 40)
-    last_rows.model.train()
-    logits = last_rows.model(torch.stack(sequences), use_cache=False).logits
-    for row, tokens in zip(logits, sequences, strict=True):
-        last_rows.assert_logits(row, last_rows.expected(tokens))
-    last_rows.assert_gradients(list(logits), sequences)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch_and_gradients(last_rows: Any, pad: Callable, side: str) -> None:
-    """The last rows are those of each sequence, not of the batch."""
-    sequences = last_rows.tokens(33, 3, 21)
-    batch = pad(sequences, side)
-    last_rows.model.train()
-    logits = last_rows.model(**batch.inputs, use_cache=False).logits
-    for row, tokens in zip(batch.real(logits), sequences, strict=True):
-        last_rows.assert_logits(row, last_rows.expected(tokens))
-    last_rows.assert_gradients(batch.real(logits), sequences)
-
-
-def test_packed_training(last_rows: Any, pack: Callable) -> None:
-    rows = [last_rows.tokens(30, 1, 17), last_rows.tokens(9, 39)]
-    last_rows.model.train()
-    logits = last_rows.model(**pack(rows), use_cache=False).logits
-    documents = [document for row in rows for document in row]
-    parts = [part for row, line in zip(rows, logits, strict=True) for part in line.split([len(x) for x in row])]
-    for part, tokens in zip(parts, documents, strict=True):
-        last_rows.assert_logits(part, last_rows.expected(tokens))
-    last_rows.assert_gradients(parts, documents)
-
-
-@torch.no_grad()
-def run(case: Any, batch: Any, cache: Any, ends: list[int]) -> torch.Tensor:
-    """One call up to each of these slots."""
-    starts = [0, *ends[:-1]]
-    parts = [
-        case.model(**batch.upto(end, start), past_key_values=cache, use_cache=True).logits
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return torch.cat(parts, 1)
-
-
 def ends_of(mask: torch.Tensor, ends: list[int]) -> list[int]:
     """How many of a row's real tokens `mask [slots]` each call had seen."""
     return sorted({int(mask[:end].sum()) for end in ends} - {0})
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["sparse", "dynamic", "static"])
 @pytest.mark.parametrize("ends", [[7, 14, 21, 28, 35, 42, 44], [16, 32, 44], [33, *range(34, 45)]])
-def test_chunks_and_decoding_after_left_padding(last_rows: Any, pad: Callable, cache: str, ends: list[int]) -> None:
+def test_chunks_and_decoding_after_left_padding(
+    last_rows: Any, pad: Callable, cache: str, ends: list[int], new_cache: Callable
+) -> None:
     sequences = last_rows.tokens(44, 31, 15)
     batch = pad(sequences, "left")
-    logits = run(last_rows, batch, CACHES[cache](last_rows.model), ends)
+    logits = batch.run(last_rows.model, new_cache(cache, last_rows.model), ends[:-1])
     for row, tokens, mask in zip(batch.real(logits), sequences, batch.attention_mask, strict=True):
         last_rows.assert_logits(row, last_rows.expected(tokens, ends_of(mask, ends)))
 
@@ -93,7 +45,7 @@ def test_decoding_after_right_padding(last_rows: Any, slots: Callable) -> None:
     mask[1, 11:30] = False  # 30 and 11 prompt tokens, 10 more each
     sequences = last_rows.tokens(40, 21)
     batch, ends = slots(sequences, mask), [30, *range(31, 41)]
-    logits = run(last_rows, batch, SparseCache.for_model(last_rows.model), ends)
+    logits = batch.run(last_rows.model, SparseCache.for_model(last_rows.model), ends[:-1])
     for row, tokens, slots_of_row in zip(batch.real(logits), sequences, mask, strict=True):
         last_rows.assert_logits(row, last_rows.expected(tokens, ends_of(slots_of_row, ends)))
 

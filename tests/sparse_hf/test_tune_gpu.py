@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_hf import SparseConfig, Streaming
+from sparse_hf import SparseConfig, Streaming, XAttention
 from sparse_hf import break_even as lookup
 from sparse_hf.tune.break_even import BreakEvenOptions, break_even_session, tune_break_even, write_break_even_table
 from sparse_hf.tune.candidates import shipped
@@ -75,15 +75,22 @@ def test_kernels(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A static and a dynamic method: what is written is what `min_seq_len: auto` reads."""
+    methods = Streaming(), XAttention()
     options = BreakEvenOptions(
-        methods=(Streaming(),), lengths=(256, 8192), num_heads=8, num_kv_heads=2, head_dim=64, budget_ms=5
+        methods=methods, lengths=(256, 2048, 8192), num_heads=8, num_kv_heads=2, head_dim=64, budget_ms=5
     )
-    (result,) = tune_break_even(options, break_even_session(options))
-    assert [length for length, _ in result.ratios] == [256, 8192] and all(ratio > 0 for _, ratio in result.ratios)
+    session = break_even_session(options)
+    results = list(tune_break_even(options, session))
+    assert [result.method for result in results] == list(methods), session.absences
+    for result in results:
+        assert result.ratios[-1][0] == 8192 and all(ratio > 0 for _, ratio in result.ratios + result.deployed_ratios)
     path = tmp_path / "lengths.json"
-    write_break_even_table(path, [result])
+    write_break_even_table(path, results)
     monkeypatch.setenv(lookup.VARIABLE, str(path))
-    resolved = lookup.resolve_min_seq_len(SparseConfig(min_seq_len="auto"), device=torch.device("cuda"), head_dim=64)
-    expected = lookup.ALWAYS_DENSE if result.tokens is None else result.tokens
-    assert resolved.min_seq_len == expected
+    lookup.measured.cache_clear()
+    for result in results:
+        config = SparseConfig(sparse=result.method, min_seq_len="auto")
+        resolved = lookup.resolve_min_seq_len(config, device=torch.device("cuda"), head_dim=64)
+        assert resolved.min_seq_len == (lookup.ALWAYS_DENSE if result.tokens is None else result.tokens)
     lookup.measured.cache_clear()

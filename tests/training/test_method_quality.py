@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,6 +142,24 @@ def test_each_method_is_judged_as_it_would_be_alone(model: Any, judge: Judge) ->
     assert (loss.value, loss.baseline) == tuple(found[n].judgement.text_loss for n in ("streaming", "dense"))
     assert figures[f"{title}: recall needle (95% high)"].value == wilson_interval(alone[0].num_exact, 2)[1]
     assert figures[f"{title}: density"].value == 100 * found["streaming"].density
+
+
+def test_batches_change_no_figure(model: Any, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither shares nor densities; and there are batches: 5 samples in passes of 2, 2 and 1."""
+    methods = {"streaming": Streaming(num_sink_tokens=4, window_size=32), "xattention": XAttention(threshold=0.3)}
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    def spy(self: Any, input_ids: torch.Tensor, **more: Any) -> Any:
+        sizes.append(len(input_ids))
+        return forward(self, input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    found = [list(judge_methods(model, methods, replace(judge, num_samples=5, batch_size=size))) for size in (1, 2)]
+    assert sizes == [1] * 2 * 7 + [1, 1, 2, 2, 1] * 2
+    for alone, batched in zip(*found, strict=True):
+        assert alone.judgement == batched.judgement
+        assert batched.density == pytest.approx(alone.density, rel=1e-6)
 
 
 def test_a_model_that_fails_is_left_dense(model: Any, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

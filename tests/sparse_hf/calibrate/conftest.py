@@ -1,11 +1,17 @@
 """A Llama and a tokenizer small enough to be calibrated in a second, with attention that is not uniform."""
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sparse_hf.calibrate.framework import Target, calibrate
+from sparse_hf.calibrate.registry import calibrator_class
 
 VOCAB = 97
 
@@ -67,3 +73,48 @@ def words_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "words.txt"
     file.write_text(" ".join(f"w{n}" for n in ids))
     return file
+
+
+@pytest.fixture
+def assert_cpu_and_gpu_agree(
+    tiny_model: PreTrainedModel, sequences: torch.Tensor, tmp_path: Path
+) -> Callable[[str, dict[str, Any], Sequence[str]], None]:
+    """`assert_cpu_and_gpu_agree(method, options, statistics)`: these of the calibrator's statistics, within 2%."""
+
+    def check(name: str, options: dict[str, Any], statistics: Sequence[str]) -> None:
+        kind, found = calibrator_class(name), {}
+        for device in ("cpu", "cuda"):
+            model = copy.deepcopy(tiny_model).to(device)
+            calibrator = kind(kind.Options(**options), Target.of(model, 512))
+            calibrate(model, sequences[:2], calibrator, tmp_path / device)
+            found[device] = calibrator.state()
+        for key in statistics:
+            ours, theirs = found["cuda"][key], found["cpu"][key]
+            # What nearly ties, or lies on the border of a threshold, may fall to either side.
+            assert (ours - theirs).abs().sum() <= 0.02 * theirs.abs().sum() + 1e-6, key
+
+    return check
+
+
+@pytest.fixture
+def make_8b_shape() -> Callable[[int], PreTrainedModel]:
+    """`make_8b_shape(num_layers)`: layers of Llama-3.1-8B's shape in bf16 on the GPU, but for the MLP; 32768 tokens."""
+
+    def make(num_layers: int) -> PreTrainedModel:
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=4096,
+            intermediate_size=1024,
+            num_hidden_layers=num_layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        config._name_or_path = "test/8b"
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+    return make

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparse_hf.calibrate.framework import Target, calibrate
 from sparse_hf.calibrate.registry import calibrator_class
@@ -24,37 +22,14 @@ STATISTICS = {"triangle": ("gradients", "losses"), "minference": ("slash_costs",
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_statistics_equal_the_cpus(name: str, tiny_model: PreTrainedModel, sequences: Tensor, tmp_path: Path) -> None:
-    kind, found = calibrator_class(name), []
-    for device in ("cpu", "cuda"):
-        model = copy.deepcopy(tiny_model).to(device)
-        calibrator = kind(kind.Options(**OPTIONS[name]), Target.of(model, 512))
-        calibrate(model, sequences[:2], calibrator, tmp_path / device)
-        found.append(calibrator.state())
-    for key in STATISTICS[name]:
-        ours, theirs = found[1][key], found[0][key]
-        # Diagonals and blocks of nearly equal scores may be ranked otherwise.
-        assert (ours - theirs).abs().sum() <= 0.02 * theirs.abs().sum() + 1e-6, key
+def test_statistics_equal_the_cpus(name: str, assert_cpu_and_gpu_agree: Callable) -> None:
+    assert_cpu_and_gpu_agree(name, OPTIONS[name], STATISTICS[name])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_memory_at_32k_tokens_of_an_8b_shape(name: str, tmp_path: Path) -> None:
+def test_memory_at_32k_tokens_of_an_8b_shape(name: str, make_8b_shape: Callable, tmp_path: Path) -> None:
     """Three layers of Llama-3.1-8B's shape in bf16; the scores of one layer alone would be 128 GiB in fp32."""
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=4096,
-        intermediate_size=1024,
-        num_hidden_layers=3,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    config._name_or_path = "test/8b"
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model = make_8b_shape(3)
     ids = torch.randint(1024, (2, 32768), generator=torch.Generator().manual_seed(0))
     kind = calibrator_class(name)
     options = {"triangle": {"held_out": 2, "layer_step": 3, "max_loss_increase": 1e9}, "minference": {}}[name]

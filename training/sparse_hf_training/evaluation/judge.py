@@ -49,6 +49,7 @@ class Judge:
         num_samples: recall samples per task.
         num_rows: rows for the loss.
         seed: of the samples.
+        batch_size: recall samples per forward pass. Rows for the loss, whose logits are all needed, come one by one.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Judge:
     num_samples: int
     num_rows: int
     seed: int = 0
+    batch_size: int = 1
 
     @property
     def steps(self) -> int:
@@ -77,6 +79,7 @@ class Judge:
             seq_len=self.seq_len,
             num_samples=num_samples or self.num_samples,
             seed=self.seed,
+            batch_size=self.batch_size,
             progress=progress,
         )
         return tuple(results)

@@ -1,0 +1,212 @@
+"""Short dense calls by PyTorch's own attention: the same numbers and caches as the long way, and only where it may."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from sparse_hf import SparseCache, SparseConfig, Streaming, Triangle, XAttention, capture, sparsify
+from sparse_hf import attention as long_way
+from sparse_hf import attention_at_once as short_way
+from sparse_hf.attention_at_once import WholeGroup
+from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
+
+VOCAB = 97
+NUM_LAYERS = 3
+DENSE_ROWS = 40
+CONFIGS = {
+    "streaming": SparseConfig(sparse=Streaming(num_sink_tokens=2, window_size=5), min_seq_len=DENSE_ROWS),
+    "mixed": SparseConfig(
+        sparse=Streaming(num_sink_tokens=2, window_size=5),
+        head_masks=((1, 0), (0, 0), (0, 1)),
+        min_seq_len=DENSE_ROWS,
+    ),
+    "triangle": SparseConfig(
+        sparse=Triangle(num_sink_tokens=2, window_size=5, num_last_tokens=3), min_seq_len=DENSE_ROWS
+    ),
+    "xattention": SparseConfig(sparse=XAttention(block_size=64), min_seq_len=DENSE_ROWS),
+}
+
+
+def make_model(config: SparseConfig | None = None) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=300,
+    )
+    model = LlamaForCausalLM(shape).eval()
+    return model if config is None else sparsify(model, config)  # type: ignore[return-value]
+
+
+def tokens(length: int, batch: int = 2) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+class Counts:
+    """Calls by either way; `reset` starts anew."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.long, self.asked = 0, 0
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, int, int]:
+        """What it returns, calls of layers that went the long way, and how often was asked."""
+        self.reset()
+        with torch.no_grad():
+            out = run()
+        return out, self.long, self.asked
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA serves short calls on this device, as it does where its break-even length is measured."""
+    module = importlib.import_module("sparse_hf_kernels.sparse_attention.sdpa")
+    monkeypatch.setattr(module, "_is_chosen", lambda shape, dtype, device, forced: forced is None)
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def counts(served: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
+    found = Counts()
+    dispatch, takes = long_way._dispatch, short_way.takes_at_once
+
+    def count_long(*args: Any, **options: Any) -> Tensor:
+        found.long += 1
+        return dispatch(*args, **options)
+
+    def count_asked(*args: Any) -> bool:
+        found.asked += 1
+        return takes(*args)
+
+    monkeypatch.setattr(long_way, "_dispatch", count_long)
+    monkeypatch.setattr(short_way, "takes_at_once", count_asked)
+    yield found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", [1, 7, DENSE_ROWS])
+def test_short_calls_are_the_stock_models(counts: Counts, name: str, length: int) -> None:
+    ids = tokens(length)
+    with torch.no_grad():
+        expected = make_model()(ids, use_cache=False).logits
+    model = make_model(CONFIGS[name])
+    out, long, asked = counts(lambda: model(ids, use_cache=False).logits)
+    assert torch.equal(out, expected), "the same operator on the same numbers"
+    assert (long, asked) == (0, 1), "asked once per forward pass"
+    out, long, _ = counts(lambda: model(tokens(DENSE_ROWS + 8), use_cache=False).logits)
+    with torch.no_grad():
+        expected = make_model()(tokens(DENSE_ROWS + 8), use_cache=False).logits
+    assert long == NUM_LAYERS
+    assert torch.allclose(out, expected, atol=1e-4) == (name == "xattention"), "128 tokens are its forced blocks"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("padded_later", [False, True])
+def test_decoding_past_the_dense_rows(counts: Counts, name: str, padded_later: bool) -> None:
+    """The same tokens and caches as by the long way, before, at and after the length at which heads part."""
+    ids = tokens(DENSE_ROWS + 12)
+    first = DENSE_ROWS - 6
+
+    def steps(model: LlamaForCausalLM, cache: Any) -> tuple[Tensor, list[int]]:
+        out = [model(ids[:, :first], past_key_values=cache).logits]
+        sizes = [cache.kv_bytes()]
+        for n in range(first, ids.shape[1]):
+            # A mask of ones is no padding, but has to be looked at.
+            mask = torch.ones(2, n + 1, dtype=torch.int64) if padded_later and n > first + 2 else None
+            out.append(model(ids[:, n : n + 1], past_key_values=cache, attention_mask=mask).logits)
+            sizes.append(cache.kv_bytes())
+        return torch.cat(out, 1), sizes
+
+    model = make_model(CONFIGS[name])
+    cache = SparseCache.for_model(model)
+    (out, sizes), long, asked = counts(lambda: steps(model, cache))
+    num_short = DENSE_ROWS - first - 1  # the step that reaches the dense rows frees what sparse heads drop
+    assert asked == 1 + num_short and long == NUM_LAYERS * (ids.shape[1] - first - num_short)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_way, "attend_at_once", lambda *args: None)
+        by_hand = SparseCache.for_model(model)
+        with torch.no_grad():
+            expected, expected_sizes = steps(model, by_hand)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert sizes == expected_sizes, "memory is freed at the same tokens"
+    for one, other in zip(cache._sparse_layers, by_hand._sparse_layers, strict=True):
+        assert one.num_tokens == other.num_tokens and torch.equal(one.lengths, other.lengths)  # type: ignore[arg-type]
+        assert [group.retention for group in one.groups] == [group.retention for group in other.groups]
+        for group, same in zip(one.groups, other.groups, strict=True):
+            assert not isinstance(group, WholeGroup) and (group.heads, group.first) == (same.heads, same.first)
+            assert torch.equal(group.positions, same.positions)
+            torch.testing.assert_close((group.keys, group.values), (same.keys, same.values), atol=1e-5, rtol=1e-4)
+
+
+def test_generate_and_beams(counts: Counts) -> None:
+    """Beam search reorders what one group holds; chunks split it."""
+    ids, model = tokens(9), make_model(CONFIGS["mixed"])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)
+    stock = make_model()
+    for beams in (1, 3):
+        out, long, _ = counts(lambda beams=beams: model.generate(ids, num_beams=beams, **options))
+        assert long == 0 and torch.equal(out, stock.generate(ids, num_beams=beams, **options))
+    cache, stock_cache = SparseCache.for_model(model), DynamicCache(config=stock.config)
+    for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:8], ids[:, 8:9]):
+        out, long, _ = counts(lambda part=part: model(part, past_key_values=cache).logits)
+        assert long == (0 if cache.get_seq_length() <= 5 else NUM_LAYERS), "a chunk goes the long way, and all after it"
+        with torch.no_grad():
+            expected = stock(part, past_key_values=stock_cache).logits
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_long_way_stays_where_it_must(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model(CONFIGS["mixed"]), tokens(12)
+
+    def is_long(**inputs: Any) -> bool:
+        _, long, _ = counts(lambda: model(ids, use_cache=False, **inputs).logits)
+        assert long in (0, NUM_LAYERS)
+        return long > 0
+
+    assert not is_long() and not is_long(attention_mask=torch.ones_like(ids))
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    assert is_long(attention_mask=padded)
+    assert is_long(position_ids=torch.tensor([[*range(7), *range(5)]] * 2))
+    with capture(model):
+        assert is_long()
+    with monkeypatch.context() as patch:
+        patch.setenv(BACKEND_VARIABLE, "reference")
+        assert is_long()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_long()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert is_long()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not is_long()
+    too_long = tokens(301)
+    for config in (CONFIGS["mixed"], SparseConfig(min_seq_len=4096)):
+        with pytest.raises(ValueError, match=r"the sequence has 301 tokens, the model was made for 300"):
+            make_model(config)(too_long, use_cache=False)
+
+
+def test_gradients_are_those_of_the_stock_model(counts: Counts) -> None:
+    ids = tokens(12)
+    grads = []
+    for model in (make_model(), make_model(CONFIGS["streaming"])):
+        model.train()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert counts.long == 0
+    torch.testing.assert_close(grads[0], grads[1])
