@@ -139,6 +139,16 @@ class AttentionLayout:
         return min(self.max_distance, *lengths)
 
     @cached_property
+    def all_dense(self) -> AttentionLayout:
+        """What dense rows follow: every head reads all within `max_distance`."""
+        return AttentionLayout.dense(self.num_kv_heads, self.max_distance, self.causal)
+
+    @cached_property
+    def without_dense_rows(self) -> AttentionLayout:
+        """What later queries follow."""
+        return replace(self, num_dense_rows=0) if self.num_dense_rows else self
+
+    @cached_property
     def num_last_tokens(self) -> int:
         """That of the patterns that have dense last rows; 0 if none has."""
         return max(pattern.num_last_tokens for pattern in self.patterns)

@@ -32,7 +32,7 @@ UNIT = 128
 CHAIN_CALLS = 10
 ALL = "all"
 DEPLOYED_LIMIT = 1.02
-"""With the queries before its break-even length dense, a method may take so many times dense attention's time."""
+"""With the queries before a method's break-even length dense, a layer may take so many times a dense layer's time."""
 
 Progress = Callable[[str], object]
 Ratios = tuple[tuple[int, float], ...]
@@ -107,8 +107,9 @@ class Measured:
         tokens: see `BreakEven`.
         ratios: time of the sparse operator, selection included, over that of the best dense one, by length; of the
             lengths at which it is sparse, from the longest down to the first at which it is slower.
-        deployed_ratios: the same with the queries below `tokens` dense, as `min_seq_len: auto` runs, at the shortest
-            length, where sparsity begins, just after it, and up to twice as long.
+        deployed_ratios: the same of a layer, attention and matrix products, with the queries below `tokens` dense, as
+            `min_seq_len: auto` runs: at the shortest length, where sparsity begins, just after it, and up to twice as
+            long.
         options: what was measured.
     """
 
@@ -311,7 +312,7 @@ def _deploy(searches: Sequence[_Search], options: BreakEvenOptions, session: Ses
             here = [search for search in unsettled if length in search.probes(options.lengths)]
             progress(f"{options.head_dim}, {length} tokens, {len(here)} methods as deployed")
             jobs = {search.label: (search.method, search.num_dense_rows) for search in here}
-            found = time_ratios(session, options.shape(length), jobs)
+            found = time_ratios(session, options.shape(length), jobs, in_layer=True)
             for search in here:
                 search.note(search.deployed, length, found)
         unsettled = [search for search in unsettled if not search.failed and not search.settle(options.lengths)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sparse_hf.bench.contenders import Call, Contender, DynamicHF, SparseHF
@@ -45,6 +46,55 @@ class ShortDynamicHF(DynamicHF):
         return Call(forward=lambda: attend_unpadded(q, k, v, heads, scale=scale)[0], inputs=(q, k, v))
 
 
+@dataclass(frozen=True, kw_only=True)
+class InLayer:
+    """An attention with the matrix products of a decoder layer before it, those of a Llama with these heads.
+
+    Args:
+        attention: what comes after them.
+        products: run them.
+    """
+
+    attention: Contender
+    products: Callable[[], object]
+
+    @property
+    def name(self) -> str:
+        return self.attention.name
+
+    def refuses(self, shape: Shape, layout: AttentionLayout) -> str | None:
+        return self.attention.refuses(shape, layout)
+
+    def bind(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Call:
+        call = self.attention.bind(q, k, v, layout)
+
+        def forward() -> Tensor:
+            self.products()
+            return call.forward()
+
+        return replace(call, forward=forward)
+
+
+def layer_products(shape: Shape, device: torch.device) -> Callable[[], object]:
+    """The products of one Llama layer over `seq_len` tokens: q, k, v and output projections, and an MLP of 3.5 times
+    the hidden size, which is that of all heads.
+    """
+    hidden = shape.num_heads * shape.head_dim
+    kv, inner = shape.num_kv_heads * shape.head_dim, 7 * hidden // 2
+    options = {"dtype": shape.dtype, "device": device}
+    narrow, wide = torch.randn(shape.seq_len, hidden, **options), torch.randn(shape.seq_len, inner, **options)  # type: ignore[call-overload]
+    from_hidden = [torch.randn(hidden, out, **options) for out in (hidden, kv, kv, hidden, inner, inner)]  # type: ignore[call-overload]
+    from_inner = torch.randn(inner, hidden, **options)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def products() -> None:
+        for weight in from_hidden:
+            narrow @ weight
+        wide @ from_inner
+
+    return products
+
+
 def method_layout(method: Method, num_kv_heads: int, num_dense_rows: int) -> AttentionLayout:
     """The method on every head."""
     config = SparseConfig(sparse=method, min_seq_len=num_dense_rows)
@@ -58,8 +108,10 @@ def dense_len(method: Method, num_kv_heads: int, num_dense_rows: int = 0) -> int
     return method_layout(method, num_kv_heads, num_dense_rows).dense_len
 
 
-def time_ratios(session: Session, shape: Shape, jobs: Mapping[str, Job]) -> dict[str, float]:
+def time_ratios(session: Session, shape: Shape, jobs: Mapping[str, Job], *, in_layer: bool = False) -> dict[str, float]:
     """Time of each job's forward, what it selects included, over that of the fastest dense one; by the jobs' labels.
+
+    With `in_layer` both are times of a layer, the attention and the layer's matrix products.
 
     Measured twice where the host counts, and the worse counts: single calls with a cold cache, and calls in a row, host
     time included. Jobs that could not run are left out; the session's absences say why.
@@ -71,6 +123,10 @@ def time_ratios(session: Session, shape: Shape, jobs: Mapping[str, Job]) -> dict
     rivals: list[Contender] = [session.ours(), *session.peers]
     against = [Entry(contender=contender, shape=shape, layout=dense) for contender in rivals]
     entries = {label: _entry(session, shape, label, job) for label, job in jobs.items()}
+    if in_layer:
+        products = layer_products(shape, session.device)
+        against = [_in_layer(entry, products) for entry in against]
+        entries = {label: _in_layer(entry, products) for label, entry in entries.items()}
     worst: dict[str, float] = {}
     for clock in (session.clock, session.chain_clock):
         found = session.measure(CASE, [*entries.values(), *against], "forward", clock=clock)
@@ -83,6 +139,10 @@ def time_ratios(session: Session, shape: Shape, jobs: Mapping[str, Job]) -> dict
         if best >= HOST_COUNTS_BELOW_MS:
             break
     return worst
+
+
+def _in_layer(entry: Entry, products: Callable[[], object]) -> Entry:
+    return replace(entry, contender=InLayer(attention=entry.contender, products=products))
 
 
 def _entry(session: Session, shape: Shape, label: str, job: Job) -> Entry:

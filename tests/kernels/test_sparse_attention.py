@@ -1,12 +1,14 @@
 """`sparse_attention` against one softmax over a dense mask in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern, TokenPositions, sparse_attention
+from sparse_hf_kernels.sparse_attention import dense_rows
 from sparse_hf_kernels.testing import assert_close_to_truth
 
 HEAD_DIM = 16
@@ -382,3 +384,36 @@ def test_tolerance_helper_can_fail() -> None:
     for wrong in (truth * 1.01, torch.full_like(truth, float("nan"))):
         with pytest.raises(AssertionError, match="x: relative error"):
             assert_close_to_truth(wrong, truth, truth, eps=1e-6, name="x")
+
+
+@pytest.mark.parametrize("q_offset", [0, 3, 10, 14])
+def test_dense_rows_of_unpadded_calls(q_offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls over and after the border of the dense rows agree with the pairs that the layout allows."""
+    called = []
+
+    def watched(*args: Any) -> Any:
+        called.append(args[3].num_dense_rows)
+        return attend(*args)
+
+    attend = dense_rows.attend
+    monkeypatch.setattr(dense_rows, "attend", watched)
+    mask = torch.ones(5, 5).tril().bool()
+    mask[2:, 1] = False
+    layout = AttentionLayout(
+        patterns=(HeadPattern(blocks=BlockList.from_mask(mask, block_size=4)), HeadPattern(window=3)),
+        num_dense_rows=11,
+    )
+    q = torch.randn(2, 4, 20 - q_offset, 8, requires_grad=True)
+    k, v = (torch.randn(2, 2, 20, 8, requires_grad=True) for _ in range(2))
+    out, lse = sparse_attention(q, k, v, layout, return_lse=True)
+    grads = torch.autograd.grad(out.sin().sum(), (q, k, v))
+    rows, keys = torch.arange(q_offset, 20)[:, None], torch.arange(20)[None]
+    allowed = torch.stack([layout.allowed(pattern, rows, keys) for pattern in layout.patterns])
+    scores = (q.unflatten(1, (2, 2)) @ k[:, :, None].mT) * 8**-0.5
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    expected = (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).flatten(1, 2))
+    for grad, right in zip(grads, torch.autograd.grad(expected.sin().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, right)
+    assert called == ([0, 0] if layout.num_dense_rows > q_offset else [0])

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from sparse_hf import Dense, Explicit, Streaming, Triangle, XAttention
 from sparse_hf import break_even as lookup
-from sparse_hf.bench.contenders import Call
+from sparse_hf.bench.contenders import Call, SparseHF
 from sparse_hf.bench.session import Session
 from sparse_hf.bench.testing import FakePeer
-from sparse_hf.bench.workload import Shape
+from sparse_hf.bench.workload import Shape, make_inputs
 from sparse_hf.break_even import ALWAYS_DENSE, break_even
 from sparse_hf.cli.app import build_app
 from sparse_hf.methods import available_methods
@@ -31,7 +32,7 @@ from sparse_hf.tune.break_even import (
     tune_break_even,
     write_break_even_table,
 )
-from sparse_hf.tune.ratios import HOST_COUNTS_BELOW_MS, Job, time_ratios
+from sparse_hf.tune.ratios import HOST_COUNTS_BELOW_MS, InLayer, Job, layer_products, time_ratios
 from sparse_hf_kernels import AttentionLayout
 
 CPU = torch.device("cpu")
@@ -137,8 +138,9 @@ def test_what_is_deployed_must_be_fast_just_after_it_begins(monkeypatch: pytest.
     """The length rises until it is."""
     seen: list[tuple[int, int]] = []
 
-    def ratios(session: Session, shape: Shape, jobs: Mapping[str, Job]) -> dict[str, float]:
+    def ratios(session: Session, shape: Shape, jobs: Mapping[str, Job], in_layer: bool = False) -> dict[str, float]:
         ((label, (_, rows)),) = jobs.items()
+        assert in_layer == (len(seen) >= 4), "what is deployed counts within its layer"
         seen.append((shape.seq_len, rows))
         if not rows:
             return {label: 0.9 if shape.seq_len >= 512 else 1.2}
@@ -154,7 +156,9 @@ def test_what_is_deployed_must_be_fast_just_after_it_begins(monkeypatch: pytest.
     assert [length for length, _ in result.deployed_ratios] == [256, 1024, 1152, 1536, 2048]
     monkeypatch.setattr(
         "sparse_hf.tune.break_even.time_ratios",
-        lambda session, shape, jobs: {label: 0.9 if not rows else 1.1 for label, (_, rows) in jobs.items()},
+        lambda session, shape, jobs, in_layer=False: {
+            label: 0.9 if not rows else 1.1 for label, (_, rows) in jobs.items()
+        },
     )
     dense_first = replace(TINY, window_size=300)
     (never_slow,), _, _ = run(by_length({128: 1.0}), replace(options, methods=(dense_first,)))
@@ -164,12 +168,36 @@ def test_what_is_deployed_must_be_fast_just_after_it_begins(monkeypatch: pytest.
 def test_the_longest_length_is_the_last_at_which_sparsity_can_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "sparse_hf.tune.break_even.time_ratios",
-        lambda session, shape, jobs: {
+        lambda session, shape, jobs, in_layer=False: {
             label: 0.9 if not rows and shape.seq_len > 128 else 1.1 for label, (_, rows) in jobs.items()
         },
     )
     (result,), _, _ = run(by_length({128: 1.0}), replace(OPTIONS, lengths=(128, 256, 512)))
     assert result.tokens == 512, "beyond the longest nothing is known against it"
+
+
+def test_a_layer_runs_its_products_before_its_attention() -> None:
+    """Those of q, k, v and output projections and of an MLP of 3.5 times the hidden size, for both sides alike."""
+    shape = Shape(seq_len=256, num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.float32)
+    sizes: list[tuple[int, ...]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default:
+                sizes.append((*args[0].shape, args[1].shape[1]))
+            return func(*args, **(kwargs or {}))
+
+    products = layer_products(shape, torch.device("cpu"))
+    with Count():
+        products()
+    assert sizes == [(256, 32, out) for out in (32, 16, 16, 32, 112, 112)] + [(256, 112, 32)]
+    calls: list[str] = []
+    q, k, v = make_inputs(shape, torch.device("cpu"))
+    layout = AttentionLayout.dense(1)
+    inner = SparseHF(device="cpu")
+    call = InLayer(attention=inner, products=lambda: calls.append("products")).bind(q, k, v, layout)
+    torch.testing.assert_close(call.forward(), inner.bind(q, k, v, layout).forward())
+    assert calls == ["products"]
 
 
 def test_all_methods_share_the_dense_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from sparse_hf_kernels.sparse_attention.checks import (
     packed_positions,
 )
 from sparse_hf_kernels.sparse_attention.custom_ops import traced_attention
-from sparse_hf_kernels.sparse_attention.eager import attend
+from sparse_hf_kernels.sparse_attention.dense_rows import attend_by_rows
 from sparse_hf_kernels.sparse_attention.sdpa import sdpa, takes_at_once
 from sparse_hf_kernels.sparse_attention.traced import TracedPositions
 
@@ -110,7 +110,7 @@ def sparse_attention(
             return sdpa(q, k, v, scale)
         if positions is None:
             positions = TokenPositions.causal(q.shape[2], k.shape[2], q.device, q_offset=q_offset)
-        out, lse = attend(q, k, v, layout, positions, scale, deterministic, selection, return_lse)
+        out, lse = attend_by_rows(q, k, v, layout, positions, scale, deterministic, selection, return_lse)
     if not return_lse:
         return out
     assert lse is not None
