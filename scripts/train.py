@@ -1,6 +1,8 @@
-"""Train under a launcher: `accelerate launch scripts/train.py CONFIG key=value ...` or `torchrun ... scripts/train.py`.
+"""Train under a launcher, whichever it is; `sparse-hf train CONFIG key=value ...` does the same on one device.
 
-On one device, `sparse-hf train CONFIG key=value ...` does the same.
+torchrun --nproc_per_node 8 scripts/train.py CONFIG key=value ...
+accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_processes 8 scripts/train.py CONFIG ...
+deepspeed --num_gpus 8 scripts/train.py CONFIG trainer.deepspeed=configs/deepspeed/zero3.json ...
 """
 
 import sys

@@ -21,10 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparse_hf.adapters import ModelShape, adapter_for
 from sparse_hf.config import HEAD_MASKS_FILE, SparseConfig, read_mapping, reject_unknown
 from sparse_hf.head_masks import check_head_masks
+from sparse_hf.lora import ADAPTER_FILES, base_module, has_adapter, holds_adapter, save_adapter, unwrapped
 
 CONFIG_FILE = "sparse_config.json"
 FORMAT_VERSION = 1
 PROBE_SIZE = 256
+ADAPTER_ALONE = (
+    ". It holds a LoRA adapter without the head masks that it was trained under; write both by "
+    "save_artefact(model, ...), or load it by peft on a model that stays dense, if it was trained so"
+)
 _REQUIRED = ("format_version", "base_model_name_or_path", "base_model", "config")
 
 
@@ -42,6 +47,7 @@ class Artefact:
         training: what was learned on what, JSON-plain, for the card.
         native_windows: the base model's own sliding window in each layer, UNBOUNDED without one; None when unknown.
         folder: where it was loaded from.
+        adapter: it carries a LoRA adapter that was trained under the masks.
     """
 
     config: SparseConfig
@@ -53,9 +59,11 @@ class Artefact:
     training: Mapping[str, Any] = field(default_factory=dict)
     native_windows: tuple[int, ...] | None = None
     folder: Path | None = None
+    adapter: bool = False
 
     def check_base_model(self, model: PreTrainedModel) -> None:
         """Raises ValueError if the artefact was made for another model: another shape, or other weights."""
+        model = unwrapped(model)
         shape = adapter_for(model).shape(model.config)
         if shape != self.shape:
             pairs = zip(self.shape.to_dict().items(), shape.to_dict().items(), strict=True)
@@ -78,7 +86,7 @@ def weight_probe(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         model: whose weights are asked for.
         state_dict: its whole weights, where its own are sharded.
     """
-    weight = model.get_input_embeddings().weight
+    weight = base_module(model.get_input_embeddings()).weight
     assert isinstance(weight, Tensor)
     if state_dict is not None:
         weight = state_dict[next(name for name, own in model.named_parameters() if own is weight)]
@@ -110,12 +118,13 @@ def save_artefact(
     """Writes a sparsified model's artefact. The folder appears whole or not at all; an old one stays until then.
 
     Args:
-        model: a sparsified model.
+        model: a sparsified model. Its LoRA adapter, if it has one, is always written: pass the `PeftModel` where peft
+            made one.
         folder: where to.
         scores: learned scores `[num_layers, num_kv_heads]`.
         training: what was learned, on what, with which figures; goes into the card.
         base_model_name_or_path: by default where the model was loaded from.
-        save_weights: also write the model's weights, when they were trained.
+        save_weights: also write the model's weights, when they were trained; the adapter alone where there is one.
         state_dict: whole weights, where the model's own are sharded; the embedding's at least.
         tokenizer: also written, so that an artefact with weights is a model folder like any other.
         overwrite: replace an existing folder.
@@ -131,13 +140,16 @@ def save_artefact(
     from sparse_hf.patching import get_handle
 
     def write_more(staging: Path) -> None:
-        if save_weights:
+        if adapter:
+            save_adapter(model, staging, base_model_name_or_path=base, state_dict=state_dict)
+        elif save_weights:
             model.save_pretrained(staging, state_dict=None if state_dict is None else dict(state_dict))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
 
     handle = get_handle(model)
-    base = base_model_name_or_path or model.config._name_or_path
+    adapter, inner = has_adapter(model), unwrapped(model)
+    base = base_model_name_or_path or inner.config._name_or_path
     if not base:
         raise ValueError("the model does not know where it was loaded from; pass base_model_name_or_path")
     return write_artefact(
@@ -147,7 +159,8 @@ def save_artefact(
         shape=handle.shape,
         base_model_name_or_path=base,
         scores=scores,
-        probe=weight_probe(model, state_dict),
+        probe=weight_probe(inner, state_dict),
+        adapter=adapter,
         training=training,
         native_windows=[state.layout.max_distance for state in handle.states],
         write_more=write_more,
@@ -166,6 +179,7 @@ def write_artefact(
     probe: Tensor | None = None,
     training: Mapping[str, Any] | None = None,
     native_windows: Sequence[int] | None = None,
+    adapter: bool = False,
     write_more: Callable[[Path], Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -175,6 +189,7 @@ def write_artefact(
         folder: where to.
         config: its own `head_masks` are replaced by "file".
         head_masks, shape, base_model_name_or_path, scores, probe, training, native_windows: as in `Artefact`.
+        adapter: `write_more` writes a LoRA adapter.
         write_more: called with the folder before the card is written, to add files.
         overwrite: replace an existing artefact.
 
@@ -202,6 +217,7 @@ def write_artefact(
         "native_windows": None if native_windows is None else list(native_windows),
         "config": {**config.to_dict(), "head_masks": "file"},
         "training": dict(training or {}),
+        **({"adapter": True} if adapter else {}),
     }
     try:
         text = json.dumps(document, indent=2) + "\n"
@@ -231,7 +247,8 @@ def load_artefact(folder: str | Path) -> Artefact:
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is no artefact: it has no {CONFIG_FILE}")
+        alone = ADAPTER_ALONE if holds_adapter(folder) else ""
+        raise ValueError(f"{folder} is no artefact: it has no {CONFIG_FILE}{alone}")
     document = read_mapping(folder / CONFIG_FILE)
     if missing := [key for key in _REQUIRED if key not in document]:
         raise ValueError(f"{folder / CONFIG_FILE} lacks {missing}; write it with save_artefact or `sparse-hf export`")
@@ -240,7 +257,9 @@ def load_artefact(folder: str | Path) -> Artefact:
             f"{folder / CONFIG_FILE} has format_version {document['format_version']}, this sparse_hf reads "
             f"{FORMAT_VERSION}; update sparse_hf"
         )
-    reject_unknown(str(folder / CONFIG_FILE), document, (*_REQUIRED, "native_windows", "training"))
+    reject_unknown(str(folder / CONFIG_FILE), document, (*_REQUIRED, "native_windows", "training", "adapter"))
+    adapter = bool(document.get("adapter"))
+    _check_adapter_files(folder, adapter)
     try:
         shape = ModelShape(**document["base_model"])
     except TypeError as error:
@@ -260,7 +279,19 @@ def load_artefact(folder: str | Path) -> Artefact:
         training=document.get("training") or {},
         native_windows=None if windows is None else tuple(windows),
         folder=folder,
+        adapter=adapter,
     )
+
+
+def _check_adapter_files(folder: Path, expected: bool) -> None:
+    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    if expected and missing:
+        raise ValueError(f"{folder} lacks {missing}: its masks were learned with a LoRA adapter; copy it whole")
+    if not expected and holds_adapter(folder):
+        raise ValueError(
+            f"{folder} holds a LoRA adapter that its {CONFIG_FILE} does not know; write both by "
+            "save_artefact(model, ...) from a sparsified model that has the adapter"
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

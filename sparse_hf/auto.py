@@ -25,8 +25,8 @@ class AutoSparseModelForCausalLM:
     ) -> PreTrainedModel:
         """A sparsified model from an artefact's folder or Hub id.
 
-        Weights come from the artefact when it carries some, else from its `base_model_name_or_path`; a LoRA adapter of the
-        artefact is put into them.
+        Weights come from the artefact when it carries some, else from its `base_model_name_or_path`; an artefact's
+        LoRA adapter is put into them.
 
         Args:
             artefact: folder or Hub id.

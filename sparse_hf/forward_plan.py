@@ -60,6 +60,11 @@ class ForwardPlan:
                 self._positions = self.compute_positions(position_ids)
         return self._positions
 
+    def trace_positions(self, position_ids: Tensor | None) -> None:
+        """Has positions as compiled graphs take them, before the first layer's graph asks."""
+        if self._positions is None:
+            self._positions = self._trace(position_ids)
+
     def _trace(self, position_ids: Tensor | None) -> TracedPositions:
         """Leaves what depends on the data to an operator of the graph that is being traced."""
         static, offset = (self.q_offset, 0) if isinstance(self.q_offset, Tensor) else (None, self.q_offset)

@@ -7,8 +7,9 @@ import re
 import warnings
 from pathlib import Path
 
-from sparse_hf.artefact import CONFIG_FILE, load_artefact
+from sparse_hf.artefact import ADAPTER_ALONE, CONFIG_FILE, load_artefact
 from sparse_hf.config import HEAD_MASKS_FILE
+from sparse_hf.lora import ADAPTER_CONFIG_FILE, ADAPTER_FILES
 
 ARTEFACT_FILES = (CONFIG_FILE, HEAD_MASKS_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -25,7 +26,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The local folder of an artefact: the folder itself, or the Hub repository's configuration and masks, downloaded.
+    """The local folder of an artefact: the folder itself, or the Hub repository's configuration, masks and
+    LoRA adapter, downloaded.
 
     Raises:
         ValueError: if there is neither a folder nor a reachable repository of that name, or it holds no artefact.
@@ -37,8 +39,11 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
 
     try:
         config = Path(hf_hub_download(spec, CONFIG_FILE, revision=revision, token=token))
-        # Both files of one commit, even if somebody pushes in between.
+        # All files of one commit, even if somebody pushes in between.
         hf_hub_download(spec, HEAD_MASKS_FILE, revision=config.parent.name, token=token)
+        if _names_adapter(config):
+            for name in ADAPTER_FILES:
+                hf_hub_download(spec, name, revision=config.parent.name, token=token)
     except HFValidationError as error:
         raise ValueError(f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id") from error
     except LocalEntryNotFoundError as error:
@@ -47,6 +52,7 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
     except EntryNotFoundError as error:
         raise ValueError(
             f"the Hub repository {spec!r} holds no sparse artefact ({', '.join(ARTEFACT_FILES)})"
+            f"{_adapter_alone(spec, revision, token)}"
         ) from error
     except HfHubHTTPError as error:
         where = spec if revision is None else f"{spec}@{revision}"
@@ -54,6 +60,24 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
             f"{spec!r} is no preset or folder here, and the Hub refuses {where}: {one_line(error)}"
         ) from error
     return config.parent
+
+
+def _names_adapter(config: Path) -> bool:
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("adapter"))
+    except (ValueError, AttributeError):
+        return False  # `load_artefact` says what is wrong with it
+
+
+def _adapter_alone(spec: str, revision: str | None, token: str | bool | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(spec, ADAPTER_CONFIG_FILE, revision=revision, token=token)
+    except EntryNotFoundError:
+        return ""
+    return ADAPTER_ALONE
 
 
 def push_to_hub(

@@ -229,8 +229,8 @@ def check_adapter(model: nn.Module, folder: Path) -> None:
     )
     if not same:
         raise ValueError(
-            f"the model has a LoRA adapter, but not the one of {folder}; sparsify the base model, whose adapter is then "
-            "loaded, or pass head masks and a SparseConfig instead of an artefact"
+            f"the model has a LoRA adapter, but not the one of {folder}; sparsify the base model, which gets that "
+            "adapter too, or pass head masks and a SparseConfig instead of an artefact"
         )
 
 

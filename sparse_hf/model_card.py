@@ -138,7 +138,12 @@ def _usage(artefact: Artefact, *, has_weights: bool) -> Iterator[str]:
         'artefact = "..."  # this repository\'s id, or the folder',
         "model = AutoSparseModelForCausalLM.from_pretrained(artefact)",
     ]
-    if has_weights:
+    if artefact.adapter:
+        yield (
+            "It holds a LoRA adapter that was trained under these head masks: adapter and masks belong together. "
+            "Loaded by peft on the dense model, without the masks, it computes something else than was trained."
+        )
+    elif has_weights:
         yield "The weights were trained with the masks and are included."
     else:
         yield "It holds masks alone; the base model's weights are loaded from where they are."

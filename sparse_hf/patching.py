@@ -37,7 +37,7 @@ MAX_HEAD_DIM = 256
 class SparseHandle:
     """What `sparsify` did to a model: enough to describe it and to undo it.
 
-    `resolved` is `config` with `min_seq_len` as a number; `added_adapter` says that the artefact's LoRA adapter came too.
+    `resolved` is `config` with `min_seq_len` as a number; `added_adapter`: a LoRA adapter came with the masks.
     """
 
     config: SparseConfig

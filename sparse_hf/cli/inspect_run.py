@@ -110,9 +110,10 @@ def _load(source: _Source, dtype: str) -> PreTrainedModel:
         assert source.folder is not None
         return AutoSparseModelForCausalLM.from_pretrained(source.folder, dtype=dtype).to(device)
     model = AutoModelForCausalLM.from_pretrained(source.base, revision=source.revision, dtype=dtype).to(device)
-    if source.artefact is not None:
-        source.artefact.check_base_model(model)
-    return sparsify(model, source.config, head_masks=None if source.artefact is None else source.artefact.head_masks)
+    if source.artefact is None:
+        return sparsify(model, source.config)
+    assert source.artefact.folder is not None
+    return sparsify(model, source.artefact.folder)
 
 
 def _length(config: PretrainedConfig, seq_len: int | None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from sparse_hf import SparseConfig, Streaming, sparsify
 from sparse_hf_training.callbacks import MaskLearningCallback
@@ -17,7 +17,7 @@ from sparse_hf_training.data import collate
 from sparse_hf_training.masks import MaskLearningConfig, attach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
 from sparse_hf_training.objectives import ObjectiveConfig, distillation_loss, label_positions, language_modeling_loss
-from sparse_hf_training.optimizer import MASK_GROUP, parameter_groups
+from sparse_hf_training.optimizer import MaskOptimizer, parameter_groups
 from sparse_hf_training.stages import prepare_stage
 from sparse_hf_training.trainer import SparseTrainer, TrainingDiverged
 
@@ -40,14 +40,14 @@ class Rows(Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(self.seq_len)}
 
 
-def tiny_model(seed: int = 0) -> PreTrainedModel:
+def tiny_model(seed: int = 0, num_hidden_layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
         vocab_size=97,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -90,11 +90,13 @@ def trainer_for(folder: Path, stage: str = "masks", objective: ObjectiveConfig |
 
 def test_masks_stage_moves_gates_and_nothing_else(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path)
+    learning = get_mask_learning(trainer.model)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    gates = {name: tensor.clone() for name, tensor in learning.state_dict().items()}
     trainer.train()
-    after = trainer.model.state_dict()
-    for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) == ("sparse_hf_masks" not in name), name
+    assert set(before) == set(trainer.model.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert gates and all(not torch.equal(tensor, gates[name]) for name, tensor in learning.state_dict().items())
 
 
 def test_masks_and_weights_moves_both(tmp_path: Path) -> None:
@@ -102,6 +104,7 @@ def test_masks_and_weights_moves_both(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     assert all(not torch.equal(t, before[name]) for name, t in trainer.model.state_dict().items())
+    assert not torch.equal(get_mask_learning(trainer.model).gates.log_alpha, torch.full((2, 2), 1.0))
 
 
 def test_logs_carry_all_figures(tmp_path: Path) -> None:
@@ -173,51 +176,65 @@ def test_accumulation_does_not_change_the_update(tmp_path: Path, accumulation: i
         )
 
 
-def test_parameter_groups_keep_masks_apart() -> None:
+def test_parameter_groups_are_the_weights_alone() -> None:
     model = tiny_model()
-    learning = prepare_stage(model, "masks_and_weights", MASKS)
-    assert learning is not None
+    assert prepare_stage(model, "masks_and_weights", MASKS) is not None
     groups = parameter_groups(model, weight_decay=0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    masks = [group for group in groups if group.get(MASK_GROUP)]
-    assert [group["lr"] for group in masks] == [0.3, 0.1]
-    assert all(group["weight_decay"] == 0.0 for group in masks)
     decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
     assert decayed and all(p.ndim >= 2 for p in decayed)
-    assert not any(p is learning.gates.log_alpha for p in decayed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert torch.optim.AdamW(parameter_groups(model)).param_groups[0]["params"] == []
 
 
-def test_schedule_of_the_weights_leaves_the_masks_alone(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, "masks_and_weights", lr_scheduler_type="linear", warmup_steps=2)
-    rates: list[dict[str, float]] = []
+def test_gates_step_as_adamw_without_decay_or_schedule(tmp_path: Path) -> None:
+    """Against AdamW written out, on gradients that were recorded; the weights' schedule and clipping stay outside."""
+    trainer = trainer_for(tmp_path, "masks_and_weights", lr_scheduler_type="linear", warmup_steps=2, max_grad_norm=1e-3)
+    learning, grads, rates = get_mask_learning(trainer.model), [], []
 
-    class Watch(MaskLearningCallback):
-        def __init__(self) -> None: ...
-
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def on_log(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def on_train_end(self, *args: Any, **kwargs: Any) -> None: ...
-
+    class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            groups = trainer.optimizer.param_groups
-            rates.append(
-                {
-                    "weights": next(g["lr"] for g in groups if not g.get(MASK_GROUP)),
-                    "masks": next(g["lr"] for g in groups if g.get(MASK_GROUP)),
-                }
-            )
+            grads.append(learning.gates.log_alpha.grad.clone())
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
 
     trainer.add_callback(Watch())
+    value = learning.gates.log_alpha.detach().clone()
     trainer.train()
-    assert [rate["masks"] for rate in rates] == [0.3] * 6
-    weights = [rate["weights"] for rate in rates]
-    assert weights[0] == 0.0 and weights[2] == pytest.approx(1e-2) and weights[-1] < weights[2]
+    assert rates[0] == 0.0 and rates[2] == pytest.approx(1e-2) and rates[-1] < rates[2]
+    mean, square = torch.zeros_like(value), torch.zeros_like(value)
+    for step, grad in enumerate(grads, 1):
+        mean, square = 0.9 * mean + 0.1 * grad, 0.95 * square + 0.05 * grad**2
+        value -= 0.3 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+        value.clamp_(-6, 6)
+    torch.testing.assert_close(learning.gates.log_alpha.detach(), value)
+
+
+def test_mask_optimizer_goes_on_from_its_file(tmp_path: Path) -> None:
+    model = tiny_model()
+    learning = attach_mask_learning(model, MASKS)
+
+    def steps(optimizer: MaskOptimizer, numbers: range) -> None:
+        for number in numbers:
+            for parameter in learning.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            optimizer.step()
+
+    start = {name: tensor.clone() for name, tensor in learning.state_dict().items()}
+    steps(MaskOptimizer(learning), range(4))
+    whole = {name: tensor.clone() for name, tensor in learning.state_dict().items()}
+    learning.load_state_dict(start)
+    first, second = MaskOptimizer(learning), MaskOptimizer(learning)
+    steps(first, range(2))
+    first.save(tmp_path)
+    second.load(tmp_path)
+    steps(second, range(2, 4))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in learning.state_dict().items())
+    with pytest.raises(ValueError, match="no such file"):
+        second.load(tmp_path / "none")
+    other = attach_mask_learning(tiny_model(num_hidden_layers=3), MASKS)
+    with pytest.raises(ValueError, match="belongs to other gates"):
+        MaskOptimizer(other).load(tmp_path)
 
 
 def test_evaluation_deploys_the_learned_masks(tmp_path: Path) -> None:
@@ -267,6 +284,9 @@ def test_resumed_run_ends_as_one_left_alone(tmp_path: Path, stage: str) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    gates = get_mask_learning(resumed.model).state_dict()
+    for name, tensor in get_mask_learning(whole.model).state_dict().items():
+        assert torch.equal(tensor, gates[name]), name
     assert resumed.state.log_history[5]["loss/kl"] == whole.state.log_history[5]["loss/kl"]
 
 
@@ -278,7 +298,6 @@ def test_other_trainers_learn_the_same_masks_through_the_callback(tmp_path: Path
     learning = prepare_stage(model, "masks", MASKS)
     assert learning is not None
     args = arguments(tmp_path / "theirs", gradient_accumulation_steps=2, lr_scheduler_type="constant")
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2)
 
     class InOrder(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -289,17 +308,41 @@ def test_other_trainers_learn_the_same_masks_through_the_callback(tmp_path: Path
         args,
         train_dataset=Rows(64),
         data_collator=collate,
-        optimizers=(optimizer, None),
         callbacks=[MaskLearningCallback(learning)],
     )
     theirs.train()
     expected = get_mask_learning(ours.model)
     torch.testing.assert_close(learning.gates.log_alpha, expected.gates.log_alpha)
-    torch.testing.assert_close(learning.lagrangian.linear, expected.lagrangian.linear)
+    torch.testing.assert_close(learning.regularizer.linear, expected.regularizer.linear)
     assert "sparsity/target" in theirs.state.log_history[0]
 
 
-def test_callback_notices_a_penalty_that_is_lost(tmp_path: Path) -> None:
+def test_callback_goes_on_from_a_checkpoint_of_another_trainer(tmp_path: Path) -> None:
+    def train(resume: str | None = None) -> torch.Tensor:
+        model = tiny_model()
+        learning = prepare_stage(model, "masks_and_weights", MASKS)
+        assert learning is not None
+        args = arguments(tmp_path, save_strategy="steps", save_steps=3, seed=3)
+        callback = MaskLearningCallback(learning)
+        trainer = Trainer(model, args, train_dataset=Rows(64), data_collator=collate, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return learning.gates.log_alpha.detach()
+
+    whole, half = train(), str(tmp_path / "checkpoint-3")
+    assert torch.equal(train(half), whole)
+    (tmp_path / "checkpoint-3" / "mask_learning.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no such file: .*mask_learning"):
+        train(half)
+
+
+def test_fp16_is_refused_while_masks_are_learned(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path)
+    trainer.args.fp16 = True
+    with pytest.raises(ValueError, match=r"set trainer.bf16=true instead of fp16"):
+        trainer.train()
+
+
+def test_callback_notices_a_loss_without_gates(tmp_path: Path) -> None:
     model = tiny_model()
     learning = attach_mask_learning(model, MASKS)
     trainer = Trainer(
@@ -307,10 +350,10 @@ def test_callback_notices_a_penalty_that_is_lost(tmp_path: Path) -> None:
         arguments(tmp_path),
         train_dataset=Rows(8),
         data_collator=collate,
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.float().mean(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: model.lm_head.weight.mean(),
         callbacks=[MaskLearningCallback(learning)],
     )
-    with pytest.raises(ValueError, match="did not reach the loss"):
+    with pytest.raises(ValueError, match="gave the gates no gradient"):
         trainer.train()
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_hf_training.checkpoint import PREFIX, load_mask_state, save_mask_state
 from sparse_hf_training.masks import MaskLearning
+from sparse_hf_training.optimizer import MaskOptimizer
 
 
 class MaskStepCallback(TrainerCallback):
-    """Tells the gates which step it is and bounds them after each update; keeps the step's metrics."""
+    """Steps the gates beside the trainer's own optimizer, in the same way under every engine; keeps the metrics."""
 
     def __init__(self, learning: MaskLearning) -> None:
         self.learning = learning
+        self.optimizer = MaskOptimizer(learning)
         self.metrics: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            raise ValueError("fp16 scales the loss, and gates are not unscaled; set trainer.bf16=true instead of fp16")
+        self.learning.to(args.device)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -27,55 +36,57 @@ class MaskStepCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.metrics = self.learning.metrics()
+        self.optimizer.reduce_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.optimizer.step()
         self.learning.after_step()
 
 
 class MaskLearningCallback(MaskStepCallback):
-    """For trainers other than `SparseTrainer`: also adds the penalty to the loss that the model returns.
-
-    Use it with an optimizer over `parameter_groups(model)`:
+    """For trainers other than `SparseTrainer`, whatever loss they compute: also gives the gates the penalty's gradient.
 
         learning = attach_mask_learning(model, MaskLearningConfig(...))
-        optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5)
-        trainer = SFTTrainer(model, ..., optimizers=(optimizer, None), callbacks=[MaskLearningCallback(learning)])
+        trainer = SFTTrainer(model, ..., callbacks=[MaskLearningCallback(learning)])
+
+    The penalty depends on gates and multipliers alone, which no engine holds: its gradient is added once per optimizer
+    step, and its value is logged as `loss/penalty` beside the trainer's own `loss`. Gates and multipliers are saved in
+    each checkpoint and read back from the one that the trainer resumes from.
 
     Raises:
-        ValueError: in the first step, if the trainer does not use the model's own loss and the penalty is lost.
+        ValueError: in the first step, if the trainer's loss gives the gates no gradient; at the start of a resumed run,
+            if its checkpoint holds no gates.
     """
-
-    def __init__(self, learning: MaskLearning) -> None:
-        super().__init__(learning)
-        self._hook: RemovableHandle | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        def add_penalty(model: nn.Module, positional: Any, keywords: dict[str, Any], output: Any) -> Any:
-            if not model.training or getattr(output, "loss", None) is None:
-                return output
-            scale = 1.0
-            if keywords.get("num_items_in_batch") is not None:
-                # The trainer then sums micro-batches and multiplies by the number of processes.
-                scale /= args.gradient_accumulation_steps
-                scale /= args.world_size if args.average_tokens_across_devices else 1
-            output.loss = output.loss + scale * self.learning.penalty()
-            return output
-
-        self._hook = kwargs["model"].register_forward_hook(add_penalty, with_kwargs=True)
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step:
+            folder = _checkpoint(args, state)
+            load_mask_state(self.learning, folder)
+            self.optimizer.load(folder)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_pre_optimizer_step(args, state, control, **kwargs)
-        if self.learning.lagrangian.linear.grad is None:
+        if all(parameter.grad is None for parameter in self.learning.gates.parameters()):
             raise ValueError(
-                "the sparsity penalty did not reach the loss: this trainer computes its own loss from the logits "
-                "(label smoothing, compute_loss_func); use SparseTrainer, or add learning.penalty() to that loss"
+                "the loss gave the gates no gradient: the model that trains is not the one that has them, its loss "
+                "does not come from its outputs, or checkpointing is reentrant "
+                "(set gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
+        penalty = self.learning.penalty()
+        penalty.backward()
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        self.metrics["loss/penalty"] = penalty.item()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            save_mask_state(self.learning, _checkpoint(args, state))
+            self.optimizer.save(_checkpoint(args, state))
 
     def on_log(
         self,
@@ -90,9 +101,6 @@ class MaskLearningCallback(MaskStepCallback):
             if state.log_history:
                 state.log_history[-1].update(self.metrics)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX}{state.global_step}"

@@ -12,9 +12,13 @@ from typing import Any
 import yaml
 
 from sparse_hf.config import SparseConfig, read_mapping
-from sparse_hf_training.data import TextSource
+from sparse_hf_training.compile_layers import CompileConfig
+from sparse_hf_training.data import LongDocuments, Packing, TextSource
+from sparse_hf_training.layer_selection import LayerSelectionConfig
 from sparse_hf_training.masks import MaskLearningConfig
 from sparse_hf_training.objectives import ObjectiveConfig
+from sparse_hf_training.observe.config import ObserveConfig
+from sparse_hf_training.peft import LoraConfig, Quantization, check_peft_settings
 from sparse_hf_training.stages import Stage
 from sparse_hf_training.tasks import RecallTask, make_task
 from sparse_hf_training.typed_config import apply_overrides, build, convert
@@ -49,22 +53,62 @@ class DataConfig:
     """Training rows.
 
     Args:
-        text: sources, read in turn and packed; also the filler of recall samples.
-        seq_len: tokens per row.
+        text: sources, also the filler of recall samples. Without ratios they are read in turn and packed together; with
+            ratios each is packed by itself and gives its share of the text's tokens.
+        seq_len: tokens per row; the largest where lengths are scheduled.
         recall: the built-in recall tasks, or null for text alone.
-        seed: of the mixture and the samples.
+        seed: of the mixture, the order and the samples.
+        packing: `in_order` joins documents and cuts every `seq_len` tokens; `best_fit` cuts none that fits a row.
+        long_documents: what becomes of documents longer than a row: `split`, `truncate`, `drop` or `refuse`.
+        length_schedule: pairs of optimizer step and tokens per row from there on, such as [[0, 2048], [200, 8192]].
+        max_epochs: refuse a run that reads a source more often; null repeats as often as the run needs.
+        num_proc: processes that tokenise.
     """
 
     text: tuple[TextSource, ...]
     seq_len: int = 2048
     recall: RecallConfig | None = field(default_factory=RecallConfig)
     seed: int = 0
+    packing: Packing = "in_order"
+    long_documents: LongDocuments = "split"
+    length_schedule: tuple[tuple[int, ...], ...] = ()
+    max_epochs: int | None = None
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         if not self.text:
             raise ValueError("data.text must name at least one source")
         if self.seq_len <= 1:
             raise ValueError(f"data.seq_len must be at least 2, got {self.seq_len}")
+        for name in ("max_epochs", "num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be null or at least 1, got {value}")
+        given = [source.ratio is not None for source in self.text]
+        if any(given) and not all(given):
+            raise ValueError("data.text: either all sources have a ratio or none")
+        if len(self.text) > 1 and not any(given) and any(source.streaming for source in self.text):
+            raise ValueError("data.text: a streamed source beside others needs ratios; give each source its ratio")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if not self.length_schedule:
+            return
+        if any(len(entry) != 2 for entry in self.length_schedule):
+            raise ValueError(f"data.length_schedule must hold pairs [step, seq_len], got {self.length_schedule}")
+        steps, lengths = zip(*self.length_schedule, strict=True)
+        if steps[0] != 0 or sorted(set(steps)) != list(steps):
+            raise ValueError(f"data.length_schedule must begin at step 0 and ascend, got the steps {list(steps)}")
+        if min(lengths) < 2 or max(lengths) != self.seq_len:
+            raise ValueError(
+                f"data.length_schedule must hold lengths from 2 to data.seq_len={self.seq_len}, the largest one, "
+                f"got {list(lengths)}"
+            )
+
+    @property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """First optimizer step and tokens per row of each phase of the curriculum."""
+        return tuple((step, length) for step, length in self.length_schedule) or ((0, self.seq_len),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +152,20 @@ class RunConfig:
         model: folder or Hub id of the base model.
         output_dir: checkpoints, artefact and figures go here.
         data: training rows.
-        stage: `masks`, `masks_and_weights` or `sft`.
+        stage: `layer_selection`, `masks`, `masks_and_weights` or `sft`.
         sparse: preset, artefact (folder or Hub id), file, or the keys of a `SparseConfig`.
         dtype: of the weights.
+        lora: an adapter that trains in the weights' place, or null.
+        quantization: `nf4` holds the linear layers in 4 bits (QLoRA), or null.
+        compile: true, or how, compiles each layer while it trains.
+        activation_offload: keep checkpointed activations in CPU memory; needs trainer.gradient_checkpointing.
+        seq_parallel_size: processes that share each row (Ulysses); must divide their number and the query heads.
         masks: how masks are learned.
+        layer_selection: how the stage of this name selects layers.
         objective: terms of the loss.
         evaluation: how masks are judged.
+        observe: what the run tells about itself.
+        num_processes: processes that the run must get, so that a launcher that starts fewer is noticed; null for any.
         trainer: arguments of `transformers.TrainingArguments`.
         resume: go on from the newest complete checkpoint in `output_dir`.
     """
@@ -124,18 +176,33 @@ class RunConfig:
     stage: Stage = "masks"
     sparse: str | dict[str, Any] = "prulong"
     dtype: str = "float32"
+    lora: LoraConfig | None = None
+    quantization: Quantization | None = None
+    compile: bool | CompileConfig = False
+    activation_offload: bool = False
+    seq_parallel_size: int = 1
     masks: MaskLearningConfig = field(default_factory=MaskLearningConfig)
+    layer_selection: LayerSelectionConfig = field(default_factory=LayerSelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    num_processes: int | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     resume: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.seq_parallel_size < 1:
+            raise ValueError(f"seq_parallel_size must be at least 1, got {self.seq_parallel_size}")
+        check_peft_settings(self.stage, self.lora, self.quantization)
+        if self.compile and self.seq_parallel_size > 1:
+            raise ValueError("compile: layers that share rows are not compiled; set seq_parallel_size=1")
+        if self.activation_offload and not self.trainer.get("gradient_checkpointing"):
+            raise ValueError("activation_offload needs trainer.gradient_checkpointing=true")
         if isinstance(self.sparse, dict):
             SparseConfig.from_dict(self.sparse)
-        object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer))
+        object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer, self.stage != "layer_selection"))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -170,12 +237,12 @@ RESERVED = (
 )
 
 
-def checked_trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def checked_trainer_arguments(arguments: dict[str, Any], trains: bool = True) -> dict[str, Any]:
     """The arguments, with numbers that YAML reads as text (1e-3) as numbers.
 
     Raises:
         ValueError: for keys that `TrainingArguments` does not know or that the run sets itself, text for a number, or
-            without `max_steps`.
+            without `max_steps` where something `trains`.
     """
     from transformers import TrainingArguments
 
@@ -190,7 +257,7 @@ def checked_trainer_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     }
     # Counts of steps may also be shares of the run, so they are typed as floats; written as integers they stay so.
     checked |= {name: value for name, value in arguments.items() if isinstance(value, int) and name in numbers}
-    if checked.get("max_steps", 0) <= 0:
+    if trains and checked.get("max_steps", 0) <= 0:
         raise ValueError("trainer.max_steps must be positive: schedules and the length of the data depend on it")
     return checked
 

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from sparse_hf.adapters import adapter_for
 from sparse_hf.artefact import save_artefact
+from sparse_hf.calibrate.framework import calibrate
 from sparse_hf.config import SparseConfig
-from sparse_hf.figures import Figure, write_figures
+from sparse_hf.figures import Figure, replace_json, write_figures
+from sparse_hf.lora import has_adapter
 from sparse_hf.patching import dense, get_handle
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model
+from sparse_hf_training.compile_layers import CompileConfig, compile_layers
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
+from sparse_hf_training.engines import check_processes
+from sparse_hf_training.engines.judging import DENSE_NAME, JudgeDenseCallback
+from sparse_hf_training.engines.weights import export_weights
 from sparse_hf_training.evaluation import Judge, Judgement, measure_kv_bytes
+from sparse_hf_training.layer_selection import training_sequences
 from sparse_hf_training.masks import detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
-from sparse_hf_training.progress import RichProgressCallback
+from sparse_hf_training.objectives import outside_zero3
+from sparse_hf_training.observe.attach import begin_record, draw_mask_history, observe_training, summarize
+from sparse_hf_training.observe.run_record import recorded
+from sparse_hf_training.observe.summary import RunSummary
+from sparse_hf_training.peft import add_lora, base_name, check_adapter_engine
+from sparse_hf_training.progress import RichProgressCallback, doing
 from sparse_hf_training.run_folder import claim_output, find_resume_point, from_main_process, training_arguments
+from sparse_hf_training.sequence_parallel import sequence_parallel
+from sparse_hf_training.sequence_parallel.enable import check_model
+from sparse_hf_training.sequence_parallel.groups import check_world
 from sparse_hf_training.stages import prepare_stage
 from sparse_hf_training.trainer import SparseTrainer
 
 ARTEFACT_NAME, FIGURES_NAME, HISTORY_NAME = "artefact", "figures.json", "history.json"
+DATA_NAME, DATA_REPORT_NAME = "data", "data.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,8 @@ class RunResult:
         dense, sparse: judgements of the dense model before and of the sparse one after, or None without held text.
         history: the trainer's logged rows.
         data: what was trained on.
+        figures: the judgements side by side, on the main process.
+        summary: the run in a table, or None where nothing was trained.
     """
 
     model: PreTrainedModel
@@ -52,6 +70,8 @@ class RunResult:
     sparse: Judgement | None
     history: list[dict[str, float]]
     data: TrainingData
+    figures: tuple[Figure, ...] = ()
+    summary: RunSummary | None = None
 
 
 def run_training(
@@ -76,51 +96,175 @@ def run_training(
     console = console or Console(stderr=True)
     output = Path(config.output_dir)
     arguments = training_arguments(config, output)
+    check_processes(arguments.world_size, expected=config.num_processes)
+    console = Console(quiet=True) if arguments.process_index else console  # one process tells
     resume_from = from_main_process(lambda: find_resume_point(config, output))
-    model, tokenizer = load_model(config.model, config.dtype)
+    with doing(console, "loading the model"):
+        where = arguments.device
+        model, tokenizer = load_model(config.model, config.dtype, quantization=config.quantization, device=where)
+    if config.stage == "layer_selection":
+        return _select_layers(config, arguments, model, tokenizer, before, console, command)
     spec = SparseConfig.from_dict(config.sparse) if isinstance(config.sparse, dict) else config.sparse
     shape = adapter_for(model).shape(model.config)
     masks = None if config.stage == "sft" else torch.ones(shape.num_layers, shape.num_kv_heads)
     sparsify(model, spec, head_masks=masks)
-    rows_needed = arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
-    data = build_training_data(config.data, tokenizer, rows_needed * arguments.world_size)
-    judge = build_judge(config.evaluation, tokenizer)
-    learning = prepare_stage(model, config.stage, config.masks)
-    # While only gates train, the model itself with dense attention is the base model, and no copy is needed.
-    needs_teacher = config.objective.kl > 0 and config.stage != "masks"
+    if config.lora is not None:
+        add_lora(model, config.lora, seed=arguments.seed)
+    if (sp_size := config.seq_parallel_size) > 1:
+        check_world(sp_size)
+        check_model(model, sp_size)
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size // sp_size
+    with doing(console, "loading data"):
+        data = build_training_data(
+            config.data,
+            tokenizer,
+            arguments.max_steps * rows_per_step,
+            rows_per_step=rows_per_step,
+            state_dir=output / DATA_NAME,
+        )
+        judge = build_judge(config.evaluation, tokenizer)
+    prepare_stage(model, config.stage, config.masks)
+    # While only gates or an adapter train, the base model is there: without its adapter, with dense attention.
+    needs_teacher = config.objective.needs_teacher and config.stage != "masks" and not has_adapter(model)
+    if config.compile:
+        compile_layers(model, CompileConfig() if config.compile is True else config.compile)
     progress = RichProgressCallback(console, f"training ({config.stage})")
     trainer = SparseTrainer(
         model,
         arguments,
         train_dataset=data.rows,
         eval_dataset=None if judge is None else judge.rows,
-        data_collator=collate,
+        data_collator=partial(collate, pad_to_multiple_of=sp_size),
         objective=config.objective,
-        teacher=load_model(config.model, config.dtype)[0] if needs_teacher else None,
-        judge=None if judge is None else _in_loop(judge),
+        teacher=_load_teacher(config) if needs_teacher else None,
+        judge=None if judge is None else _in_loop(judge, progress),
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # prints rows on stdout, which belongs to the result
+    check_adapter_engine(model, trainer.engine, compiled=bool(config.compile))
+    console.print(f"engine: {trainer.engine}", highlight=False)
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
-    if before is None and judge is not None and trainer.is_world_process_zero():
-        # The dense model as it came: training may change its weights.
-        with console.status("judging the dense model"), dense(model):
-            before = judge(model)
+    for line in data.report.lines():
+        console.print(line, highlight=False, markup=False)
+    throughput = observe_training(trainer, config, output)
+    record = begin_record(trainer, config, output, resume_from)
+    with recorded(record):
+        result = _train(config, trainer, model, tokenizer, judge, before, data, progress, resume_from, command)
+        summary = summarize(trainer, model, config.stage, throughput)
+        summary = replace(summary, figures=result.figures, artefact=result.artefact)
+        if record is not None:
+            record.end("finished", result=summary.to_dict())
+    return replace(result, summary=summary)
+
+
+def _train(
+    config: RunConfig,
+    trainer: SparseTrainer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None,
+    before: Judgement | JudgeDenseCallback | None,
+    data: TrainingData,
+    progress: RichProgressCallback,
+    resume_from: Path | None,
+    command: str,
+) -> RunResult:
+    """Judges the dense model, trains, deploys the masks and writes what is left."""
+    console = progress.console
+    if before is None and judge is not None:
+        before = _judge_dense(config, trainer, model, judge, progress)
     trainer.accelerator.wait_for_everyone()
+    sharing = [model] if trainer.teacher is None else [model, trainer.teacher]
     try:
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        with sequence_parallel(sharing, config.seq_parallel_size):
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     finally:
         progress.stop()
+    if isinstance(before, JudgeDenseCallback):
+        before = before.judgement
     scores = None
-    if learning is not None:
+    if trainer.learning is not None:
         scores = get_mask_learning(model).gates.scores()
         detach_mask_learning(model)
     return _finish(config, trainer, model, tokenizer, scores, judge, before, data, console, command)
 
 
-def _in_loop(judge: Judge) -> Any:
-    return lambda model: {f"recall/{r.task}": r.exact_match for r in judge.recall(model)}
+def _judge_dense(
+    config: RunConfig, trainer: SparseTrainer, model: PreTrainedModel, judge: Judge, progress: RichProgressCallback
+) -> Judgement | JudgeDenseCallback | None:
+    """The dense model as it came, since training may change its weights; on the main process where that can."""
+    if trainer.engine.shards_weights:
+        callback = JudgeDenseCallback(trainer, judge, Path(config.output_dir) / DENSE_NAME)
+        trainer.add_callback(callback)
+        return callback
+    if not trainer.is_world_process_zero():
+        return None
+    with doing(progress.console, "judging the dense model"), dense(model):
+        return judge(model)
+
+
+def _select_layers(
+    config: RunConfig,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    before: Judgement | None,
+    console: Console,
+    command: str,
+) -> RunResult:
+    if arguments.world_size > 1:
+        raise ValueError(f"layer_selection runs in one process, not in {arguments.world_size}: leave the launcher out")
+    output = Path(config.output_dir)
+    count = config.layer_selection.num_sequences
+    data = build_training_data(replace(config.data, length_schedule=()), tokenizer, count)
+    judge = build_judge(config.evaluation, tokenizer)
+    sequences = training_sequences(data.rows, count)
+    calibrator = config.layer_selection.calibrator(model, sequences.shape[1], config.data.seed)
+    claim_output(config, output)
+    model.to(arguments.device)  # type: ignore[arg-type]
+    with doing(console, "selecting layers"):
+        found = calibrate(
+            model,
+            sequences,
+            calibrator,
+            output / ARTEFACT_NAME,
+            data=", ".join(source.path for source in config.data.text),
+            resume=True,
+            base_model_name_or_path=config.model,
+            command=command,
+            progress=lambda text: console.print(text, highlight=False, markup=False) if text else None,
+        )
+        before = judge(model) if judge is not None and before is None else before
+        sparsify(model, found.folder)
+        after = None if judge is None else judge(model)
+    figures = list(found.outcome.figures)
+    if judge is not None and before is not None and after is not None:
+        figures += judgement_figures(judge, before, after, model)
+    write_figures(output / FIGURES_NAME, figures, command=command)
+    return RunResult(
+        model=model,
+        artefact=found.folder,
+        scores=None,
+        dense=before,
+        sparse=after,
+        history=[],
+        data=data,
+        figures=tuple(figures),
+    )
+
+
+def _load_teacher(config: RunConfig) -> PreTrainedModel:
+    with outside_zero3():
+        return load_model(config.model, config.dtype)[0]
+
+
+def _in_loop(judge: Judge, progress: RichProgressCallback) -> Callable[[PreTrainedModel], dict[str, float]]:
+    def recall(model: PreTrainedModel) -> dict[str, float]:
+        with progress.during("judging recall"):
+            return {f"recall/{r.task}": r.exact_match for r in judge.recall(model)}
+
+    return recall
 
 
 def _finish(
@@ -139,11 +283,17 @@ def _finish(
     history = trainer.state.log_history
     after = None
     figures: list[Figure] = []
-    if trainer.is_world_process_zero():
-        if judge is not None and before is not None:
-            with console.status("judging sparse heads"):
-                after = judge(model)
-            figures = judgement_figures(judge, before, after, model)
+    main, sharded = trainer.is_world_process_zero(), trainer.engine.shards_weights
+    # Every process takes part where each holds a part of the weights.
+    if judge is not None and before is not None and (main or sharded):
+        with doing(console, "judging sparse heads"):
+            after = judge(model)
+        figures = judgement_figures(judge, before, after, model)
+    trained, adapter = config.stage != "masks", has_adapter(model)
+    # An adapter's fp32 stays.
+    dtype = None if adapter else getattr(torch, config.dtype)
+    weights = export_weights(trainer, trained or adapter, dtype) if sharded else None
+    if main:
         training = {
             "stage": config.stage,
             "objective": asdict(config.objective),
@@ -157,13 +307,15 @@ def _finish(
             output / ARTEFACT_NAME,
             scores=scores,
             training=training,
-            base_model_name_or_path=config.model,
-            save_weights=config.stage != "masks",
-            tokenizer=None if config.stage == "masks" else tokenizer,
+            base_model_name_or_path=base_name(model, config.model),
+            save_weights=trained,
+            state_dict=weights,
+            tokenizer=tokenizer if trained or adapter else None,
             overwrite=True,
         )
         write_figures(output / FIGURES_NAME, figures, command=command)
-        (output / HISTORY_NAME).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        replace_json(output / HISTORY_NAME, history)
+        draw_mask_history(output)
     trainer.accelerator.wait_for_everyone()
     return RunResult(
         model=model,
@@ -173,6 +325,7 @@ def _finish(
         sparse=after,
         history=history,
         data=data,
+        figures=tuple(figures),
     )
 
 

@@ -12,10 +12,13 @@ from transformers import TrainingArguments
 
 from sparse_hf_training.checkpoint import checkpoints, last_complete_checkpoint
 from sparse_hf_training.config import RunConfig
+from sparse_hf_training.engines.cpu import allow_fsdp_on_cpu
 
 T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
+FREE_TO_CHANGE = ("resume", "observe", "num_processes")
+"""Sections that change nothing of what is trained, so that a run goes on under others."""
 DEFAULT_ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -47,7 +50,7 @@ def find_resume_point(config: RunConfig, output: Path) -> Path | None:
     if not config.resume:
         raise ValueError(f"{output} holds a run already; choose another output_dir, or set resume=true to go on")
     earlier, now = RunConfig.load(written).to_dict(), config.to_dict()
-    if differ := [name for name in now if name != "resume" and earlier[name] != now[name]]:
+    if differ := [name for name in now if name not in FREE_TO_CHANGE and earlier[name] != now[name]]:
         raise ValueError(
             f"{output} holds a run with another configuration (see {written}; {', '.join(differ)} differ); "
             "choose another output_dir"
@@ -71,7 +74,7 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     """
     try:
         arguments = TrainingArguments(
-            **{**DEFAULT_ARGUMENTS, **config.trainer},
+            **_chosen(config),
             output_dir=str(output),
             remove_unused_columns=False,
             prediction_loss_only=True,
@@ -79,10 +82,20 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         )
     except (TypeError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from error
+    allow_fsdp_on_cpu(arguments)
     if arguments.n_gpu > 1:
         # Several GPUs and no launcher: one is used. torch.nn.DataParallel would copy the model without its gates.
         arguments._n_gpu = 1
     return arguments
+
+
+def _chosen(config: RunConfig) -> dict[str, Any]:
+    chosen = {**DEFAULT_ARGUMENTS, **config.trainer}
+    if config.activation_offload:
+        checkpointing = dict(chosen["gradient_checkpointing_kwargs"] or {})
+        # transformers' own: torch.autograd.graph.save_on_cpu around each checkpoint.
+        chosen["gradient_checkpointing_kwargs"] = {**checkpointing, "offload": True}
+    return chosen
 
 
 def from_main_process(compute: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""The three stages: learn masks, learn masks and weights, fine-tune under frozen masks."""
+"""The stages: select layers, learn masks, learn masks and weights, fine-tune under frozen masks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from sparse_hf.patching import get_handle
 from sparse_hf_training.masks import MaskLearning, MaskLearningConfig, attach_mask_learning
+from sparse_hf_training.peft import set_trainable
 
-Stage = Literal["masks", "masks_and_weights", "sft"]
+Stage = Literal["layer_selection", "masks", "masks_and_weights", "sft"]
 STAGES = get_args(Stage)
 
 
@@ -17,7 +18,7 @@ def prepare_stage(model: PreTrainedModel, stage: Stage, masks: MaskLearningConfi
     """Freezes and thaws what the stage says, and attaches gates where masks are learned.
 
     Args:
-        model: a sparsified model.
+        model: a sparsified model. Where it has a LoRA adapter, "weights" are the adapter's alone.
         stage: `masks` freezes the weights and learns gates; `masks_and_weights` learns both; `sft` trains the weights
             while the attention reads what the deployed head masks say, as in evaluation.
         masks: how masks are learned; unused by `sft`.
@@ -26,13 +27,15 @@ def prepare_stage(model: PreTrainedModel, stage: Stage, masks: MaskLearningConfi
         The gates, or None for `sft`.
 
     Raises:
-        ValueError: for an unknown stage, a model that is not sparsified, or `sft` without a sparse head.
+        ValueError: for an unknown stage or one that trains nothing, a model that is not sparsified, quantised
+            weights that were to train, or `sft` without a sparse head.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {list(STAGES)}, got {stage!r}")
+    if stage == "layer_selection":
+        raise ValueError("layer_selection trains nothing: run it by run_training, and train from its artefact")
     handle = get_handle(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(stage != "masks")
+    set_trainable(model, stage != "masks")
     if stage == "sft":
         if all(state.layout.is_dense for state in handle.states):
             raise ValueError(

@@ -33,3 +33,21 @@ def test_different_keys_and_no_rows() -> None:
         collate([{"input_ids": [1]}, {"labels": [1]}])
     with pytest.raises(ValueError, match="at least one row"):
         collate([])
+
+
+def test_rows_are_padded_with_a_document_without_loss() -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "position_ids": [0, 1, 2]}] * 2
+    batch = collate(rows, pad_to_multiple_of=4, pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9]] * 2
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100]] * 2
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0]] * 2
+    five = collate(rows, pad_to_multiple_of=5)
+    assert five["position_ids"].tolist() == [[0, 1, 2, 0, 1]] * 2 and five["input_ids"].dtype == torch.int64
+    assert collate(rows, pad_to_multiple_of=3)["input_ids"].tolist() == [[1, 2, 3]] * 2
+
+
+def test_padding_errors() -> None:
+    with pytest.raises(ValueError, match="can be padded, got shift_labels too"):
+        collate([{"input_ids": [1], "shift_labels": [1]}], pad_to_multiple_of=2)
+    with pytest.raises(ValueError, match="None or >= 1, got 0"):
+        collate([{"input_ids": [1]}], pad_to_multiple_of=0)

@@ -6,7 +6,14 @@ import copy
 
 import pytest
 
-from sparse_hf_training.data import IGNORE_INDEX, TextSource, chat_document, read_documents, text_document
+from sparse_hf_training.data import (
+    IGNORE_INDEX,
+    TextSource,
+    chat_document,
+    prompt_document,
+    read_documents,
+    text_document,
+)
 
 CHAT = [
     {"role": "user", "content": "Where is the ship?"},
@@ -50,6 +57,60 @@ def test_chat_template_that_renders_the_last_answer_differently(tokenizer) -> No
     assert _trained(thinking, document) == "In the harbor.</s>\n<think></think>In the harbor. Still 12.</s>\n"
 
 
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% else %}{{ m['content'] + '</s>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_chat_template_with_generation_tags(tokenizer) -> None:
+    tagged = copy.copy(tokenizer)
+    tagged.chat_template = MARKED
+    document = chat_document(CHAT, tagged)
+    assert tagged.decode(document.input_ids) == tagged.apply_chat_template(CHAT, tokenize=False)
+    # The newline after an answer lies outside the tags, so unlike without tags it is not trained on.
+    assert _trained(tagged, document) == "In the harbor.</s>In the harbor. Still 12.</s>"
+    without = copy.copy(tokenizer)
+    without.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert chat_document(CHAT, without).input_ids == document.input_ids
+
+
+def test_generation_tags_that_miss_an_answer_are_refused(tokenizer) -> None:
+    half = copy.copy(tokenizer)
+    half.chat_template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+    with pytest.raises(ValueError, match="mark 1 answers of 2; mend the template"):
+        chat_document(CHAT, half)
+
+
+def test_chat_with_loss_on_all(tokenizer) -> None:
+    document = chat_document(CHAT, tokenizer, answers_only=False)
+    assert document.labels == document.input_ids == chat_document(CHAT, tokenizer).input_ids
+
+
+@pytest.mark.parametrize("prompt", ["The ship ", "The ship", "", "The shi"])
+@pytest.mark.parametrize("completion", ["sailed at dawn.", " sailed.", "", "p sailed"])
+def test_prompt_with_completion(tokenizer, prompt: str, completion: str) -> None:
+    document = prompt_document(prompt, completion, tokenizer)
+    if not prompt + completion:
+        assert document.input_ids == []
+        return
+    assert document.input_ids == text_document(prompt + completion, tokenizer).input_ids
+    pieces = [tokenizer.decode([token]) for token in document.input_ids]
+    for n, (token, label) in enumerate(zip(document.input_ids, document.labels, strict=True)):
+        # A token takes the loss when any of its characters lies behind the prompt.
+        in_completion = len("".join(pieces[: n + 1])) > len(prompt)
+        assert label == (token if in_completion else IGNORE_INDEX), pieces
+    assert document.labels[-1] == tokenizer.eos_token_id
+    everywhere = prompt_document(prompt, completion, tokenizer, answers_only=False)
+    assert everywhere.labels == everywhere.input_ids == document.input_ids
+
+
+def test_prompt_needs_text(tokenizer) -> None:
+    with pytest.raises(ValueError, match="expected text, got list"):
+        prompt_document([], "x", tokenizer)  # type: ignore[arg-type]
+
+
 def test_chat_template_that_rewrites_answers_is_refused(tokenizer) -> None:
     shouting = copy.copy(tokenizer)
     shouting.chat_template = "{% for m in messages %}{{ m['content'].upper() }}{% endfor %}"
@@ -87,3 +148,17 @@ def test_read_documents_follows_the_source_and_names_a_bad_row(tokenizer) -> Non
     assert next(texts) == text_document("The ship", tokenizer)
     with pytest.raises(ValueError, match="'memory', row 1, column 'text': expected text, got NoneType"):
         next(texts)
+
+
+def test_read_documents_with_prompts_and_loss_on_all(tokenizer) -> None:
+    rows = [{"p": "The ship ", "c": "sailed"}, {"p": None, "c": "x"}]
+    source = TextSource(path="memory", prompt_column="p", completion_column="c")
+    documents = read_documents(rows, source, tokenizer, first_row=5)
+    assert next(documents) == prompt_document("The ship ", "sailed", tokenizer)
+    with pytest.raises(ValueError, match="'memory', row 6, column 'p', 'c': expected text, got NoneType"):
+        next(documents)
+    everywhere = TextSource(path="memory", prompt_column="p", completion_column="c", loss="all")
+    document = next(read_documents(rows, everywhere, tokenizer))
+    assert document.labels == document.input_ids
+    chat = next(read_documents([{"m": CHAT}], TextSource(path="memory", chat_column="m", loss="all"), tokenizer))
+    assert chat == chat_document(CHAT, tokenizer, answers_only=False)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from sparse_hf_training.data import IGNORE_INDEX, Document, pack_documents
+from sparse_hf_training.data import IGNORE_INDEX, Document, PackingReport, pack_documents
 
 
 def _documents(seed: int, count: int) -> list[Document]:
@@ -104,3 +104,119 @@ def test_bad_arguments() -> None:
         pack_documents(_whole(3), 1)
     with pytest.raises(ValueError, match="one label per token, got 1 for 2"):
         Document(input_ids=[1, 2], labels=[1])
+
+
+def _check_rows(documents, rows, report, seq_len: int, pad: int) -> dict[int, list[tuple[int, int, int]]]:
+    """Checks every token of every row from the definition; returns each document's pieces (row, first, length)."""
+    origin = {token: (d, at) for d, doc in enumerate(documents) for at, token in enumerate(doc.input_ids)}
+    label_of = {token: label for doc in documents for token, label in zip(doc.input_ids, doc.labels, strict=True)}
+    pieces: dict[int, list[tuple[int, int, int]]] = {}
+    padding = 0
+    for r in range(len(rows)):
+        row = {key: value.tolist() for key, value in rows.row(r).items()}
+        assert all(len(values) == seq_len for values in row.values())
+        assert any(label != IGNORE_INDEX for label in row["labels"])
+        t = 0
+        while t < seq_len and row["input_ids"][t] != pad:
+            document, first = origin[row["input_ids"][t]]
+            n = 0
+            while t + n < seq_len and origin.get(row["input_ids"][t + n]) == (document, first + n):
+                token = row["input_ids"][t + n]
+                assert row["position_ids"][t + n] == n
+                assert row["labels"][t + n] == (label_of[token] if n else IGNORE_INDEX)
+                n += 1
+            pieces.setdefault(document, []).append((r, first, n))
+            t += n
+        assert row["position_ids"][t:] == list(range(seq_len - t)) and set(row["labels"][t:]) <= {IGNORE_INDEX}
+        assert set(row["input_ids"][t:]) <= {pad}
+        padding += seq_len - t
+    assert padding == report.tokens_padding and report.rows == len(rows)
+    placed = sum(n for where in pieces.values() for _, _, n in where)
+    assert report.tokens == len(origin) == placed + report.tokens_dropped
+    assert report.tokens == report.rows * seq_len - report.tokens_padding + report.tokens_dropped
+    filled = sum(bool(doc.input_ids) for doc in documents)
+    assert filled == len(pieces) + sum(report.documents_dropped.values())
+    assert report.documents_split == sum(len(where) > 1 for where in pieces.values())
+    assert (report.documents, report.documents_empty) == (len(documents), len(documents) - filled)
+    return pieces
+
+
+@pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
+@pytest.mark.parametrize("packing", ["in_order", "best_fit"])
+@pytest.mark.parametrize(("seed", "seq_len"), [(0, 16), (1, 16), (2, 9), (3, 41), (4, 2)])
+def test_every_token_of_every_option(seed: int, seq_len: int, packing, long_documents) -> None:
+    documents = _documents(seed, 40)
+    rows, report = pack_documents(
+        documents, seq_len, packing=packing, long_documents=long_documents, pad_token_id=99_999
+    )
+    pieces = _check_rows(documents, rows, report, seq_len, 99_999)
+    long = [d for d, doc in enumerate(documents) if len(doc.input_ids) > seq_len]
+    cut = sum(len(documents[d].input_ids) for d in long)
+    reasons = report.tokens_dropped_for
+    if long_documents == "split":
+        assert not {"truncated", "too_long"} & set(reasons) and not report.documents_truncated
+    if long_documents == "truncate":
+        assert report.documents_truncated == len(long)
+        assert reasons.get("truncated", 0) == cut - seq_len * len(long)
+        assert all(first + n <= seq_len for where in pieces.values() for _, first, n in where)
+    if long_documents == "drop":
+        assert reasons.get("too_long", 0) == cut and not set(long) & set(pieces)
+        assert report.documents_dropped.get("too_long", 0) == len(long)
+    if packing == "best_fit":
+        assert "incomplete_row" not in reasons
+        whole = {d for d, doc in enumerate(documents) if len(doc.input_ids) <= seq_len} & set(pieces)
+        assert all(len(pieces[d]) == 1 for d in whole), "no document that fits is cut"
+    else:
+        assert report.tokens_padding == 0 and reasons.get("incomplete_row", 0) < seq_len
+
+
+def _fill_by_definition(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing, the slow way."""
+    rows: list[list[int]] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [row for row in rows if sum(row) + size <= capacity]
+        if fitting:
+            max(fitting, key=sum).append(size)
+        else:
+            rows.append([size])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_fit_is_best_fit_decreasing(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = [rng.randint(2, 30) for _ in range(60)]
+    rows, report = pack_documents(_whole(*sizes), 30, packing="best_fit")
+    lengths = np.split(rows.plan.lengths, rows.plan.row_offsets[1:-1])
+    wanted = sorted(sorted(row) for row in _fill_by_definition(sizes, 30))
+    assert sorted(sorted(row.tolist()) for row in lengths) == wanted
+    assert report.tokens_padding == 30 * len(wanted) - sum(sizes) and report.tokens_dropped == 0
+    # Rows come in the order of their first document.
+    firsts = [int(part.min()) for part in np.split(rows.plan.documents, rows.plan.row_offsets[1:-1])]
+    assert firsts == sorted(firsts)
+
+
+def test_long_documents_are_refused_with_numbers() -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 documents are longer than seq_len=8 \(the longest has 9 tokens\)"):
+        pack_documents(_whole(8, 9), 8, long_documents="refuse")
+    assert pack_documents(_whole(8, 7), 8, long_documents="refuse")[1].rows == 1
+
+
+def test_unknown_options() -> None:
+    with pytest.raises(ValueError, match=r"packing must be one of \['in_order', 'best_fit'\], got 'tight'"):
+        pack_documents(_whole(9), 4, packing="tight")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"long_documents must be one of .* got 'cut'"):
+        pack_documents(_whole(9), 4, long_documents="cut")  # type: ignore[arg-type]
+
+
+def test_nothing_left_after_dropping() -> None:
+    with pytest.raises(ValueError, match="hold 18 tokens, 0 of them after long_documents, fewer than one row"):
+        pack_documents(_whole(9, 9), 4, long_documents="drop")
+
+
+def test_reports_add_up() -> None:
+    one = PackingReport(documents=2, tokens=9, tokens_dropped_for={"truncated": 3})
+    two = PackingReport(documents=1, tokens=4, tokens_dropped_for={"truncated": 1, "no_label": 2})
+    both = one + two
+    assert (both.documents, both.tokens, both.tokens_dropped) == (3, 13, 6)
+    assert both.tokens_dropped_for == {"truncated": 4, "no_label": 2}

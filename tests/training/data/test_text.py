@@ -33,15 +33,33 @@ def _write(folder: Path, kind: str) -> Path:
         datasets.Dataset.from_list(ROWS).to_parquet(str(path))
     elif kind == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    elif kind == "arrow":
+        with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
+            for row in ROWS:
+                writer.write(row)
+            writer.finalize()
     elif kind == "json":
         path.write_text(json.dumps(ROWS))
     return path
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "arrow"])
 def test_files(tmp_path: Path, kind: str) -> None:
-    dataset = load_text(TextSource(path=str(_write(tmp_path, kind))))
-    assert list(dataset["text"]) == ["one\ntwo", "three", "four"]
+    path = str(_write(tmp_path, kind))
+    assert list(load_text(TextSource(path=path))["text"]) == ["one\ntwo", "three", "four"]
+    streamed = load_text(TextSource(path=path, streaming=True))
+    assert isinstance(streamed, datasets.IterableDataset)
+    assert [row["text"] for row in streamed] == ["one\ntwo", "three", "four"]
+
+
+def test_folders_are_streamed(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("one\ntwo")
+    for name, texts in (("saved", ["one\ntwo", "three", "four"]), ("books", ["one\ntwo"])):
+        streamed = load_text(TextSource(path=str(tmp_path / name), streaming=True))
+        assert isinstance(streamed, datasets.IterableDataset) and [row["text"] for row in streamed] == texts
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
@@ -95,10 +113,12 @@ def test_hub_is_streamed_when_the_number_of_documents_is_limited(monkeypatch: py
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     limited = load_text(TextSource(path="user/corpus", name="en", max_documents=2))
     assert [row["text"] for row in limited] == ["one\ntwo", "three"]
-    assert len(load_text(TextSource(path="user/corpus", split="train[:50%]"))) == 3
+    assert len(load_text(TextSource(path="user/corpus", split="train[:50%]", revision="v2"))) == 3
+    load_text(TextSource(path="user/corpus", streaming=True))
     assert calls == [
-        ("user/corpus", {"name": "en", "split": "train", "streaming": True}),
-        ("user/corpus", {"name": None, "split": "train[:50%]", "streaming": False}),
+        ("user/corpus", {"name": "en", "split": "train", "revision": None, "streaming": True}),
+        ("user/corpus", {"name": None, "split": "train[:50%]", "revision": "v2", "streaming": False}),
+        ("user/corpus", {"name": None, "split": "train", "revision": None, "streaming": True}),
     ]
 
 
@@ -137,6 +157,8 @@ def test_missing_column_lists_the_columns(tmp_path: Path) -> None:
         load_text(TextSource(path=path, text_column="body"))
     with pytest.raises(ValueError, match="no column 'messages'; set chat_column to one of: kind, text"):
         load_text(TextSource(path=path, chat_column="messages"))
+    with pytest.raises(ValueError, match="no column 'answer'; set prompt_column and completion_column to one of"):
+        load_text(TextSource(path=path, prompt_column="text", completion_column="answer"))
 
 
 def test_empty_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +176,17 @@ def test_empty_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"path": ""}, "path must not be empty"), ({"path": "x", "max_documents": 0}, "None or >= 1, got 0")],
+    [
+        ({"path": ""}, "path must not be empty"),
+        ({"path": "x", "max_documents": 0}, "None or >= 1, got 0"),
+        ({"path": "x", "ratio": 0.0}, "ratio must be positive and finite, got 0.0"),
+        ({"path": "x", "ratio": float("inf")}, "ratio must be positive and finite"),
+        ({"path": "x", "prompt_column": "p"}, "must be named together"),
+        ({"path": "x", "prompt_column": "p", "completion_column": "c", "chat_column": "m"}, "got both"),
+        ({"path": "x", "loss": "answers"}, "plain text has none; name chat_column"),
+        ({"path": "x", "shuffle_buffer": 5}, "needs streaming, got 5"),
+        ({"path": "x", "streaming": True, "split": "train[:5]"}, "a slice cannot be streamed"),
+    ],
 )
 def test_bad_source(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

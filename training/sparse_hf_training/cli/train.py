@@ -17,16 +17,18 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file; configs/train/ has examples.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value or section.key=value.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Learn head masks, masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
 
     Example: sparse-hf train configs/train/masks.yaml model=PATH masks.end_head_sparsity=0.7
     """
+    # DeepSpeed's launcher gives local_rank, and LOCAL_RANK in the environment, which is what counts.
     with redirect_stdout(sys.stderr):  # some libraries print when they are imported
         from accelerate import PartialState
         from rich.console import Console
 
-        from sparse_hf.cli.output import write, write_json
+        from sparse_hf.cli.output import write_json
         from sparse_hf_training.config import RunConfig
         from sparse_hf_training.run import run_training
 
@@ -35,10 +37,8 @@ def train(
         return
     if as_json:
         write_json(to_dict(result))
-    elif result.sparse is not None:
-        _print(result)
     else:
-        write(f"artefact: {result.artefact} (no held text was given, so nothing was judged)")
+        _print(result)
 
 
 def to_dict(result: RunResult) -> dict[str, object]:
@@ -49,18 +49,17 @@ def to_dict(result: RunResult) -> dict[str, object]:
         "sparse": None if result.sparse is None else result.sparse.to_dict(),
         "scores": None if result.scores is None else result.scores.tolist(),
         "last_log": result.history[-1] if result.history else None,
+        "summary": None if result.summary is None else result.summary.to_dict(),
     }
 
 
 def _print(result: RunResult) -> None:
     from sparse_hf.cli.output import table, write
+    from sparse_hf_training.observe.summary import figure_rows
     from sparse_hf_training.run import FIGURES_NAME
 
-    assert result.dense is not None and result.sparse is not None
-    rows = [
-        (f"recall {after.task}", f"{before.exact_match:.2f}", f"{after.exact_match:.2f}")
-        for before, after in zip(result.dense.recall, result.sparse.recall, strict=True)
-    ]
-    rows.append(("loss, nats/token", f"{result.dense.text_loss:.4f}", f"{result.sparse.text_loss:.4f}"))
-    write(table("held-out figures", ("", "dense", "sparse"), rows))
+    rows = figure_rows(result.figures) if result.summary is None else result.summary.rows()
+    write(table("the run", ("", "value", "dense"), rows))
+    if result.sparse is None:
+        write("no held text was given, so nothing was judged")
     write(f"artefact: {result.artefact}\nfigures: {result.artefact.parent / FIGURES_NAME}")

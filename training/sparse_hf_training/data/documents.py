@@ -1,10 +1,12 @@
-"""From rows of text or chats to token documents that say where the loss is taken."""
+"""From rows of text, chats, or prompts with completions to token documents that say where the loss is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from sparse_hf_training.data.chat import encode_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,19 +35,29 @@ class Document:
 
 
 def read_documents(
-    rows: Iterable[Mapping[str, Any]], source: TextSource, tokenizer: PreTrainedTokenizerBase
+    rows: Iterable[Mapping[str, Any]], source: TextSource, tokenizer: PreTrainedTokenizerBase, *, first_row: int = 0
 ) -> Iterator[Document]:
-    """Tokenise the rows that `load_text(source)` gave, lazily and in order.
+    """Tokenise the rows that `load_text(source)` gave, lazily and in order; the first one is row `first_row`.
 
     Raises:
-        ValueError: a row does not hold text (or messages), or the chat template cannot be followed.
+        ValueError: a row does not hold what the source's columns say, or the chat template cannot be followed.
     """
-    for index, row in enumerate(rows):
-        value = row[source.column]
+    for index, row in enumerate(rows, first_row):
         try:
-            yield chat_document(value, tokenizer) if source.chat_column else text_document(value, tokenizer)
+            yield _document(row, source, tokenizer)
         except ValueError as error:
-            raise ValueError(f"{source.path!r}, row {index}, column {source.column!r}: {error}") from error
+            columns = ", ".join(map(repr, source.columns))
+            raise ValueError(f"{source.path!r}, row {index}, column {columns}: {error}") from error
+
+
+def _document(row: Mapping[str, Any], source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Document:
+    values = [row[column] for column in source.columns]
+    if source.kind == "text":
+        return text_document(values[0], tokenizer)
+    on_answers = source.loss != "all"
+    if source.kind == "chat":
+        return chat_document(values[0], tokenizer, answers_only=on_answers)
+    return prompt_document(values[0], values[1], tokenizer, answers_only=on_answers)
 
 
 def text_document(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
@@ -54,70 +66,66 @@ def text_document(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     Raises:
         ValueError: `text` is not a string.
     """
-    if not isinstance(text, str):
-        raise ValueError(f"expected text, got {type(text).__name__}; clean the data or choose another column")
+    _check_text(text)
     if not text:
         return Document(input_ids=[], labels=[])
-    ids: list[int] = list(tokenizer(text, verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
+    ids = _closed(list(tokenizer(text, verbose=False)["input_ids"]), tokenizer)
     return Document(input_ids=ids, labels=ids)
 
 
-def chat_document(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A conversation through the tokenizer's chat template, with loss on the assistant's answers alone.
+def chat_document(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, answers_only: bool = True
+) -> Document:
+    """A conversation through the tokenizer's chat template, with loss on the assistant's answers alone or on all.
 
     The loss covers each answer with the template's end-of-turn marker, so that the model learns to stop.
 
     Raises:
-        ValueError: malformed messages, no chat template, a slow tokenizer, or a template that refuses the
-            conversation or rewrites its answers.
+        ValueError: as `encode_chat`.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"expected a list of messages with role and content, got {messages!r:.80}")
-    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        raise ValueError(f"expected messages that are mappings with role and content, got {messages!r:.80}")
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use the tokenizer of an instruction-tuned model")
+    ids, answers = encode_chat(messages, tokenizer)
+    return Document(input_ids=ids, labels=_labels(ids, answers) if answers_only else ids)
+
+
+def prompt_document(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, answers_only: bool = True
+) -> Document:
+    """Prompt and completion as one text, closed by the end-of-sequence token, with loss on the completion or on all.
+
+    Both are tokenised together. A token that spans the border belongs to the completion, whose beginning would else
+    not be learned.
+
+    Raises:
+        ValueError: not strings, or a slow tokenizer.
+    """
+    _check_text(prompt)
+    _check_text(completion)
+    if not prompt + completion:
+        return Document(input_ids=[], labels=[])
     if not tokenizer.is_fast:
-        raise ValueError("a fast tokenizer is needed to locate the answers; load it with use_fast=True")
-    text, spans = _render([dict(message) for message in messages], tokenizer)
-    # The template writes the special tokens itself.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    labels = [
-        token if any(start <= begin < end <= stop for start, stop in spans) else IGNORE_INDEX
-        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
-    ]
-    return Document(input_ids=ids, labels=labels)
+        raise ValueError("a fast tokenizer is needed to locate the completion; load it with use_fast=True")
+    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+    ids = _closed(list(encoded["input_ids"]), tokenizer)
+    if not answers_only:
+        return Document(input_ids=ids, labels=ids)
+    # Special tokens have the span (0, 0): one before the text is no answer, the closing one is.
+    answers = [end > len(prompt) for _, end in encoded["offset_mapping"]]
+    answers += [True] * (len(ids) - len(answers))
+    if ids[-1] == tokenizer.eos_token_id:
+        answers[-1] = True
+    return Document(input_ids=ids, labels=_labels(ids, answers))
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text and the character spans of the assistant's answers."""
-    from jinja2 import TemplateError
+def _labels(ids: Sequence[int], answers: Sequence[bool]) -> list[int]:
+    return [token if answer else IGNORE_INDEX for token, answer in zip(ids, answers, strict=True)]
 
-    def render(count: int, prompt: bool) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}; check its roles") from error
 
-    whole = render(len(messages), prompt=False)
-    spans: list[tuple[int, int]] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, prompt=True), render(index + 1, prompt=False)
-        answer = (message.get("content") or "").strip()
-        # Templates may render an answer differently when it is the last one (Qwen3 drops empty thoughts from
-        # history), so its place is looked up in the whole text and only its ending is taken from `after`.
-        start, last = whole.find(answer, len(before)), after.find(answer, len(before))
-        if not (whole.startswith(before) and after.startswith(before)) or start < 0 or last < 0:
-            raise ValueError(
-                f"message {index} is not where the chat template puts the generation prompt, or not word for word, "
-                "so its loss cannot be placed; use another chat_template"
-            )
-        stop = start + len(answer)
-        ending = after[last + len(answer) :]
-        spans.append((len(before), stop + len(ending) if whole.startswith(ending, stop) else stop))
-    return whole, spans
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"expected text, got {type(text).__name__}; clean the data or choose another column")

@@ -31,13 +31,39 @@ class PackedTextDataset(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        index = _check_index(index, len(self))
-        arrays = {
-            "input_ids": self.rows.input_ids,
-            "labels": self.rows.labels,
-            "position_ids": self.rows.position_ids,
-        }
-        return {key: torch.from_numpy(array[index].astype(np.int64)) for key, array in arrays.items()}
+        row = self.rows.row(_check_index(index, len(self)))
+        return {key: torch.from_numpy(array.astype(np.int64)) for key, array in row.items()}
+
+
+class ShuffledDataset(Dataset[Row]):
+    """A data set read in a random order, as often as needed; each pass has an order of its own.
+
+    Args:
+        dataset: map-style data set, not empty.
+        seed: the order of a pass depends on the seed and its number alone.
+        length: number of items.
+
+    Raises:
+        ValueError: the data set is empty, or `length` below 1.
+    """
+
+    def __init__(self, dataset: Dataset[Row], *, seed: int, length: int) -> None:
+        self._size = len(dataset)  # type: ignore[arg-type]
+        if not self._size:
+            raise ValueError("a data set without items cannot be shuffled")
+        _check_length(length)
+        self.dataset, self.seed, self.length = dataset, seed, length
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Row:
+        epoch, rank = divmod(_check_index(index, self.length), self._size)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+            self._order = epoch, torch.randperm(self._size, generator=generator)
+        return self.dataset[int(self._order[1][rank])]
 
 
 class RecallDataset(Dataset[Row]):
@@ -139,6 +165,11 @@ class MixedDataset(Dataset[Row]):
     def __len__(self) -> int:
         return len(self._picks)
 
+    @property
+    def counts(self) -> list[int]:
+        """Items that come from each data set."""
+        return np.bincount(self._picks, minlength=len(self.datasets)).tolist()
+
     def source_of(self, index: int) -> tuple[int, int]:
         """Which data set item `index` comes from, and its index there."""
         index = _check_index(index, len(self))
@@ -148,6 +179,11 @@ class MixedDataset(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         source, inner = self.source_of(index)
         return self.datasets[source][inner]
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """A seed for the `number`-th of several things under one seed: the seed itself for the first."""
+    return seed if number == 0 else random.Random(f"{seed}:part:{number}").getrandbits(63)
 
 
 def _check_index(index: int, length: int) -> int:

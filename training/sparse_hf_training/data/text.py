@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # the builder's own default, one document per line, would cut a book into sentences.
 _BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".txt": ("text", {"sample_by": "document"}),
@@ -24,21 +25,36 @@ class TextSource:
     """Where training text comes from.
 
     Raises:
-        ValueError: `path` or a column name is empty, or `max_documents` is below 1.
+        ValueError: `path` or a column name is empty, columns that exclude each other, or a number out of range.
     """
 
     path: str
-    """A .parquet, .json, .jsonl or .txt file, a folder of them, a `save_to_disk` folder, or a Hub id."""
+    """A .parquet, .arrow, .json, .jsonl or .txt file, a folder of them, a `save_to_disk` folder, or a Hub id."""
     split: str = "train"
     """Split to read; a single file is all `train`."""
     text_column: str = "text"
-    """Column with the documents; unused when `chat_column` is set."""
+    """Column with the documents; unused when other columns are named."""
     chat_column: str | None = None
-    """Column with lists of messages, rendered by the chat template; only assistant answers are trained on."""
+    """Column with lists of messages, rendered by the chat template."""
+    prompt_column: str | None = None
+    """Column with prompts, each followed by its completion."""
+    completion_column: str | None = None
+    """Column with completions, named together with `prompt_column`."""
+    loss: Literal["all", "answers"] | None = None
+    """Tokens with loss: `answers` are the assistant's messages or the completions. None is `answers` where there are
+    some and `all` for plain text."""
     name: str | None = None
     """Configuration of a Hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     max_documents: int | None = None
-    """Read only this many documents; a Hub data set is then streamed rather than downloaded whole."""
+    """Read only this many documents; of a Hub data set only these are then downloaded."""
+    ratio: float | None = None
+    """Share of the text's tokens, relative to the other sources'. Without ratios the sources are read in turn."""
+    streaming: bool = False
+    """Read, tokenise and pack while training, and keep nothing on disk."""
+    shuffle_buffer: int = 0
+    """Documents among which a streamed source is shuffled; 0 keeps the stream's order."""
 
     def __post_init__(self) -> None:
         for field in ("path", "split", "text_column"):
@@ -46,11 +62,36 @@ class TextSource:
                 raise ValueError(f"TextSource.{field} must not be empty")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"TextSource.max_documents must be None or >= 1, got {self.max_documents}")
+        if self.ratio is not None and not 0 < self.ratio < float("inf"):
+            raise ValueError(f"TextSource.ratio must be positive and finite, got {self.ratio}; leave out the source")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("TextSource.prompt_column and completion_column must be named together")
+        if self.chat_column and self.prompt_column:
+            raise ValueError("TextSource takes chat_column or prompt_column with completion_column, got both")
+        if self.loss == "answers" and self.kind == "text":
+            raise ValueError(
+                "TextSource.loss is 'answers', but plain text has none; name chat_column, or prompt_column and "
+                "completion_column"
+            )
+        if self.shuffle_buffer < 0 or (self.shuffle_buffer and not self.streaming):
+            raise ValueError(
+                f"TextSource.shuffle_buffer must be >= 0 and needs streaming, got {self.shuffle_buffer}; "
+                "rows of other sources are shuffled as a whole"
+            )
+        if self.streaming and "[" in self.split:
+            raise ValueError(f"a slice cannot be streamed, got split {self.split!r}; use max_documents")
 
     @property
-    def column(self) -> str:
-        """The column that is read."""
-        return self.chat_column or self.text_column
+    def kind(self) -> Literal["text", "chat", "prompt"]:
+        """What a row of the source holds."""
+        return "chat" if self.chat_column else "prompt" if self.prompt_column else "text"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        if self.prompt_column and self.completion_column:
+            return self.prompt_column, self.completion_column
+        return (self.chat_column or self.text_column,)
 
 
 def load_text(source: TextSource) -> Dataset | IterableDataset:
@@ -64,10 +105,11 @@ def load_text(source: TextSource) -> Dataset | IterableDataset:
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{source.path!r}, split {source.split!r}, has no rows; choose another split or file")
-    if source.column not in first:
-        option = "chat_column" if source.chat_column else "text_column"
+    if missing := [column for column in source.columns if column not in first]:
+        option = {"text": "text_column", "chat": "chat_column", "prompt": "prompt_column and completion_column"}
         raise ValueError(
-            f"{source.path!r} has no column {source.column!r}; set {option} to one of: {', '.join(sorted(first))}"
+            f"{source.path!r} has no column {missing[0]!r}; set {option[source.kind]} to one of: "
+            f"{', '.join(sorted(first))}"
         )
     if source.max_documents is None:
         return dataset
@@ -86,42 +128,46 @@ def _open(source: TextSource) -> Any:
         )
     try:
         if path.is_file():
-            return _open_file(datasets, path, source.split)
+            return _open_file(datasets, path, source)
         if is_local:
             return _open_folder(datasets, path, source)
         # A slice such as train[:10%] cannot be streamed.
-        streaming = source.max_documents is not None and "[" not in source.split
-        return datasets.load_dataset(source.path, name=source.name, split=source.split, streaming=streaming)
+        streaming = source.streaming or (source.max_documents is not None and "[" not in source.split)
+        return datasets.load_dataset(
+            source.path, name=source.name, split=source.split, revision=source.revision, streaming=streaming
+        )
     # IndexError is what load_from_disk says of a folder saved with no rows.
     except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         where = "from disk" if is_local else "from the Hub"
-        remedy = "check path, split and name" + ("" if is_local else ", the network and your login")
+        remedy = "check path, split and name" + ("" if is_local else ", revision, the network and your login")
         reason = " ".join(str(error).split())
         raise ValueError(
             f"could not read {source.path!r} (split {source.split!r}) {where}: {reason}; {remedy}"
         ) from error
 
 
-def _open_file(datasets: Any, path: Path, split: str) -> Any:
+def _open_file(datasets: Any, path: Path, source: TextSource) -> Any:
     if path.suffix not in _BUILDERS:
         raise ValueError(f"unknown suffix {path.suffix!r}, known suffixes are {', '.join(_BUILDERS)}")
     builder, options = _BUILDERS[path.suffix]
-    return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
+    return datasets.load_dataset(
+        builder, data_files=str(path), split=source.split, streaming=source.streaming, **options
+    )
 
 
 def _open_folder(datasets: Any, path: Path, source: TextSource) -> Any:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved = datasets.load_from_disk(str(path))
-        if not isinstance(saved, dict):
-            return saved
-        if source.split not in saved:
-            raise ValueError(f"the folder holds the splits {', '.join(saved)}")
-        return saved[source.split]
+        if isinstance(saved, dict):
+            if source.split not in saved:
+                raise ValueError(f"the folder holds the splits {', '.join(saved)}")
+            saved = saved[source.split]
+        return saved.to_iterable_dataset() if source.streaming else saved
     suffixes = {file.suffix for file in path.rglob("*")} & set(_BUILDERS)
     if not suffixes:
         raise ValueError(f"the folder holds no {', '.join(_BUILDERS)} file")
     options = _BUILDERS[".txt"][1] if suffixes == {".txt"} else {}
-    return datasets.load_dataset(str(path), name=source.name, split=source.split, **options)
+    return datasets.load_dataset(str(path), name=source.name, split=source.split, streaming=source.streaming, **options)
 
 
 def _import_datasets() -> Any:

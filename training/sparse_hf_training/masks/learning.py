@@ -11,66 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from sparse_hf.artefact import load_artefact
-from sparse_hf.head_masks import round_scores
+from sparse_hf.adapters import ModelShape
+from sparse_hf.artefact import Artefact, load_artefact
 from sparse_hf.hub import resolve_artefact_folder
+from sparse_hf.lora import unwrapped
+from sparse_hf.methods import Dense
 from sparse_hf.patching import SparseHandle, get_handle, set_head_masks
-from sparse_hf_training.masks.gates import HardConcreteGates
-from sparse_hf_training.masks.lagrangian import Lagrangian
-from sparse_hf_training.masks.schedule import SparsitySchedule
+from sparse_hf_training.masks.budgets import Budgets
+from sparse_hf_training.masks.config import MaskLearningConfig
 
 MODULE_NAME = "sparse_hf_masks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskLearningConfig:
-    """How masks are learned.
-
-    Args:
-        start_head_sparsity, end_head_sparsity: target at the first step and after the warm-up; the masks that are
-            deployed have the end's.
-        sparsity_warmup_ratio: share of the steps over which the target moves.
-        schedule: `linear`, `logarithmic` or `cubic`.
-        mask_learning_rate: of log_alpha. Constant: the weights' schedule does not touch it.
-        reg_learning_rate: of the Lagrangian's multipliers, likewise.
-        init_log_alpha: first value of all gates, or their mean with `init_scores`.
-        init_scores: artefact folder or Hub id whose head scores order the gates' first values (`sparse-hf calibrate
-            scores` writes one); None for equal ones.
-        init_spread: how far the first values of the lowest and the highest score lie from the mean.
-        clamp_log_alpha, clamp_multipliers: bounds, or None.
-        seed: of the gates' noise. A draw depends on the seed, the step and the micro-batch alone: all ranks draw the
-            same, and a resumed run goes on as if nothing had happened.
-    """
-
-    start_head_sparsity: float = 0.0
-    end_head_sparsity: float = 0.5
-    sparsity_warmup_ratio: float = 0.6
-    schedule: str = "linear"
-    mask_learning_rate: float = 0.2
-    reg_learning_rate: float = 0.05
-    init_log_alpha: float = 4.0
-    init_scores: str | None = None
-    init_spread: float = 1.0
-    clamp_log_alpha: float | None = 6.0
-    clamp_multipliers: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("mask_learning_rate", "reg_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.init_spread > 0:
-            raise ValueError(f"init_spread must be positive, got {self.init_spread}; leave init_scores out for none")
-        _ = self.sparsity_schedule
-
-    @property
-    def sparsity_schedule(self) -> SparsitySchedule:
-        return SparsitySchedule(
-            start=self.start_head_sparsity,
-            end=self.end_head_sparsity,
-            warmup_ratio=self.sparsity_warmup_ratio,
-            kind=self.schedule,  # type: ignore[arg-type]
-        )
 
 
 class MaskLearning(nn.Module):
@@ -78,15 +28,22 @@ class MaskLearning(nn.Module):
 
     While the model trains, each forward pass draws one z per layer and KV head, and attention returns
     z * full + (1 - z) * sparse. In evaluation the deployed head masks count.
+
+    Args:
+        config: how masks are learned.
+        num_layers, num_kv_heads: of the model.
+        held: layers whose heads stay full whatever `layer_budgets` say.
     """
 
-    def __init__(self, config: MaskLearningConfig, num_layers: int, num_kv_heads: int) -> None:
+    def __init__(
+        self, config: MaskLearningConfig, num_layers: int, num_kv_heads: int, *, held: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         self.config = config
-        self.gates = HardConcreteGates(
-            num_layers, num_kv_heads, init=config.init_log_alpha, clamp=config.clamp_log_alpha
-        )
-        self.lagrangian = Lagrangian(clamp=config.clamp_multipliers)
+        self.budgets = Budgets.of(config.layer_budgets, config.end_head_sparsity, num_layers, held=held)
+        self.gates = config.make_gates(num_layers, num_kv_heads)
+        self.regularizer = config.make_regularizer(tuple(self.budgets.shares))
+        self._schedules = [config.schedule_to(end) for end in self.budgets.ends]
         self.step, self.max_steps, self.micro_step = 0, 1, 0
         self._z: Tensor | None = None
         self.hook: RemovableHandle | None = None
@@ -99,71 +56,96 @@ class MaskLearning(nn.Module):
         """Draws the gates of the next forward pass."""
         digest = hashlib.sha256(f"{self.config.seed}:{self.step}:{self.micro_step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        self._z = self.gates.sample(generator)
+        self._z = self._held_full(self.gates.sample(generator), 1.0)
         self.micro_step += 1
 
     def layer_gate(self, layer: int) -> Tensor | None:
-        """The drawn gates `[num_kv_heads]` of a layer, or None when the deployed masks count."""
-        return self._z[layer] if self.training and self._z is not None else None
+        """The drawn gates `[num_kv_heads]` of a layer, or None before the first draw."""
+        return None if self._z is None else self._z[layer]
+
+    def targets(self) -> list[float]:
+        """The head sparsity that each constraint of `budgets` aims at in the present step."""
+        return [schedule.target(self.step, self.max_steps) for schedule in self._schedules]
 
     @property
     def target(self) -> float:
-        """The head sparsity aimed at in the present step."""
-        return self.config.sparsity_schedule.target(self.step, self.max_steps)
+        """The share of all KV heads that is to be sparse in the present step."""
+        free = 1 - len(self.budgets.held) / self.budgets.num_layers
+        return free * sum(share * t for share, t in zip(self.budgets.shares, self.targets(), strict=True))
+
+    def expected_sparsity(self) -> Tensor:
+        """Expected sparsity of each KV head in closed form, `[num_layers, num_kv_heads]`; 0 where a layer is held."""
+        return self._held_full(self.gates.expected_sparsity(), 0.0)
 
     def penalty(self) -> Tensor:
-        """The Lagrangian of the present step, a scalar to add to the loss once per optimizer step."""
-        return self.lagrangian(self.gates.zero_probability().mean(), self.target)
+        """The regulariser of the present step, a scalar to add to the loss once per optimizer step."""
+        return self.regularizer(self.budgets.per_constraint(self.gates.expected_sparsity()), self.targets())
+
+    def _held_full(self, x: Tensor, value: float) -> Tensor:
+        """x `[num_layers, num_kv_heads]` with the rows of held layers at a constant."""
+        if not self.budgets.held:
+            return x
+        return x.index_fill(0, torch.tensor(sorted(self.budgets.held), device=x.device), value)
 
     def after_step(self) -> None:
         """Applies the bounds after an optimizer step."""
         self.gates.clamp_()
-        self.lagrangian.clamp_()
+        self.regularizer.clamp_()
         self._z = None
 
     def head_masks(self, head_sparsity: float | None = None) -> Tensor:
-        """The masks that would be deployed: `[num_layers, num_kv_heads]`, at the end's sparsity by default."""
-        sparsity = self.config.end_head_sparsity if head_sparsity is None else head_sparsity
-        return round_scores(self.gates.scores(), sparsity)
+        """The masks that would be deployed, `[num_layers, num_kv_heads]`.
 
+        Args:
+            head_sparsity: by default the end's; of the layers that `layer_budgets` and `layers_from` leave free.
+        """
+        values = self.gates.values.detach().float().cpu()
+        return self.budgets.round(values, head_sparsity).expand(-1, self.gates.num_kv_heads).contiguous()
+
+    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Target, expected and realised sparsity and the multipliers, for logs."""
+        """Target, expected and realised sparsity, undecided gates and the multipliers, for logs."""
+        expected, gates = self.gates.expected_sparsity(), self.gates.deterministic()
         realised = {} if self._z is None else {"sparsity/realised": (self._z == 0).float().mean().item()}
+        gaps = self.budgets.per_constraint(expected) - expected.new_tensor(self.targets())
+        worst = {"sparsity/largest_gap": gaps.abs().max().item()} if len(gaps) > 1 else {}
         return {
             "sparsity/target": self.target,
-            "sparsity/expected": self.gates.zero_probability().mean().item(),
+            "sparsity/expected": self._held_full(expected, 0.0).mean().item(),
             **realised,
-            "lagrangian/linear": self.lagrangian.linear.item(),
-            "lagrangian/quadratic": self.lagrangian.quadratic.item(),
+            **worst,
+            # Rounding decides these, not learning.
+            "gates/undecided": ((gates > 0.25) & (gates < 0.75)).float().mean().item(),
+            **self.regularizer.metrics(),
         }
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MaskLearning:
-        super()._apply(fn, recurse)
-        # `model.to(torch.bfloat16)` must not reach the gates: their updates would round away.
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
-        return self
 
 
 def attach_mask_learning(model: PreTrainedModel, config: MaskLearningConfig) -> MaskLearning:
-    """Gives a sparsified model gates to learn; they become parameters of the model.
+    """Gives a sparsified model gates to learn. They are no parameters of it: `MaskOptimizer` steps them.
 
     Raises:
-        ValueError: if the model is not sparsified, has gates already, or `init_scores` has no scores of its shape.
+        ValueError: if the model is not sparsified, has gates already, or an artefact that the
+            configuration names does not fit it.
     """
     handle = get_handle(model)
-    if hasattr(model, MODULE_NAME):
+    if hasattr(unwrapped(model), MODULE_NAME):
         raise ValueError("the model has gates already; call detach_mask_learning(model) first")
-    learning = MaskLearning(config, handle.shape.num_layers, handle.shape.num_kv_heads)
+    shape = handle.shape
+    held = frozenset[int]() if config.layers_from is None else _dense_layers(config.layers_from, shape)
+    learning = MaskLearning(config, shape.num_layers, shape.num_kv_heads, held=held)
     if config.init_scores is not None:
-        learning.gates.spread_(_scores_of(config.init_scores, learning.gates.log_alpha.shape), config.init_spread)
-    learning.to(next(handle.modules[0].parameters()).device)
-    learning.train(model.training)
-    model.add_module(MODULE_NAME, learning)
-    for state in handle.states:
-        state.gate = _LayerGate(learning, state.layer_idx)
-        state.skip_saturated = True
-    learning.hook = model.register_forward_pre_hook(_draw_before_forward)
+        learning.gates.spread_(_scores_of(config.init_scores, shape), config.init_spread)
+    if config.init_masks is not None:
+        learning.gates.start_from_(_artefact(config.init_masks, shape, "init_masks").head_masks)
+    device = next(handle.modules[0].parameters()).device
+    learning.to("cpu" if device.type == "meta" else device)
+    # No submodule: DDP, FSDP and ZeRO would wrap, shard and cast the gates, `model.to(torch.bfloat16)` round them.
+    vars(unwrapped(model))[MODULE_NAME] = learning
+    for state, module in zip(handle.states, handle.modules, strict=True):
+        state.gate = _LayerGate(learning, state.layer_idx, module)
+        state.skip_saturated = learning.gates.saturates or state.layer_idx in learning.budgets.held
+    # The decoder, not the model: PeftModel calls the model's `forward`, past its hooks.
+    learning.hook = unwrapped(model).base_model.register_forward_pre_hook(_DrawBeforeForward(learning))
     return learning
 
 
@@ -180,7 +162,7 @@ def detach_mask_learning(model: PreTrainedModel, head_sparsity: float | None = N
         state.gate, state.skip_saturated = None, False
     if learning.hook is not None:
         learning.hook.remove()
-    delattr(model, MODULE_NAME)
+    delattr(unwrapped(model), MODULE_NAME)
     set_head_masks(model, masks)
     return masks
 
@@ -191,20 +173,36 @@ def get_mask_learning(model: nn.Module) -> MaskLearning:
     Raises:
         ValueError: if it has none.
     """
-    learning = getattr(model, MODULE_NAME, None)
+    learning = getattr(unwrapped(model), MODULE_NAME, None)
     if learning is None:
         raise ValueError("the model has no gates; call attach_mask_learning(model, config) first")
     return learning
 
 
-def _scores_of(artefact: str, shape: torch.Size) -> Tensor:
-    scores = load_artefact(resolve_artefact_folder(artefact)).scores
-    if scores is None or scores.shape != shape:
+def _artefact(name: str, shape: ModelShape, field: str) -> Artefact:
+    """Raises ValueError if it is for another number of layers or KV heads."""
+    artefact = load_artefact(resolve_artefact_folder(name))
+    expected, found = [shape.num_layers, shape.num_kv_heads], list(artefact.head_masks.shape)
+    if found != expected:
+        raise ValueError(f"{field} must name an artefact with head masks {expected}, {name} has {found}")
+    return artefact
+
+
+def _scores_of(name: str, shape: ModelShape) -> Tensor:
+    scores = _artefact(name, shape, "init_scores").scores
+    if scores is None:
         raise ValueError(
-            f"init_scores must name an artefact with head scores {list(shape)}, {artefact} has "
-            f"{'none' if scores is None else list(scores.shape)}; sparse-hf calibrate scores makes one"
+            f"init_scores must name an artefact with head scores {[shape.num_layers, shape.num_kv_heads]}, {name} has "
+            "none; sparse-hf calibrate scores makes one"
         )
     return scores
+
+
+def _dense_layers(name: str, shape: ModelShape) -> frozenset[int]:
+    """The layers that an artefact leaves dense."""
+    artefact = _artefact(name, shape, "layers_from")
+    methods = artefact.config.resolve(artefact.head_masks.tolist())
+    return frozenset(n for n, row in enumerate(methods) if all(isinstance(method, Dense) for method in row))
 
 
 @dataclass
@@ -213,12 +211,20 @@ class _LayerGate:
 
     learning: MaskLearning
     layer: int
+    module: nn.Module
 
     def __call__(self) -> Tensor | None:
-        return self.learning.layer_gate(self.layer)
+        return self.learning.layer_gate(self.layer) if self.module.training else None
 
 
-def _draw_before_forward(model: nn.Module, args: Any) -> None:
-    # A teacher's forward pass (no gradient) and evaluation draw nothing.
-    if model.training and torch.is_grad_enabled():
-        get_mask_learning(model).draw()
+@dataclass
+class _DrawBeforeForward:
+    learning: MaskLearning
+
+    def __call__(self, decoder: nn.Module, args: Any) -> None:
+        # A teacher's forward pass (no gradient) and evaluation draw nothing.
+        if decoder.training and torch.is_grad_enabled():
+            device = next(decoder.parameters()).device
+            if next(self.learning.parameters()).device.type == "cpu" and device.type not in ("cpu", "meta"):
+                self.learning.to(device)  # `model.to` does not reach the gates
+            self.learning.draw()

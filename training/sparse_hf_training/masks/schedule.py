@@ -1,4 +1,4 @@
-"""The target head sparsity over training."""
+"""The target head sparsity and the gates' learning rate over training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ScheduleKind = Literal["linear", "logarithmic", "cubic"]
+RateSchedule = Literal["constant", "cosine", "trapezoid"]
+COSINE_RAMP, COSINE_FLOOR = 0.1, 0.01
+TRAPEZOID_RAMP, TRAPEZOID_FLOOR = 0.2, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +46,25 @@ class SparsitySchedule:
         if self.kind == "cubic":
             return self.end + (self.start - self.end) * (1 - progress) ** 3
         return self.start + (self.end - self.start) * progress
+
+
+def rate_factor(kind: RateSchedule, step: int, max_steps: int) -> float:
+    """Factor on a learning rate in step `step` of `max_steps`, counted from 0.
+
+    Args:
+        kind: `constant`; `cosine`, PruLong's (its released scripts): from 0 up to 1 over the first tenth of the steps,
+            then half a cosine down to 0.01; `trapezoid`, DuoAttention's (its released `train.py`): from 0.1 up to 1
+            over the first fifth, down to 0.1 over the last.
+    """
+    if kind not in get_args(RateSchedule):
+        raise ValueError(f"mask_rate_schedule must be one of {list(get_args(RateSchedule))}, got {kind!r}")
+    if kind == "constant":
+        return 1.0
+    if kind == "cosine":
+        warmup = math.ceil(COSINE_RAMP * max_steps)
+        if step < warmup:
+            return step / warmup
+        progress = (step - warmup) / max(1, max_steps - warmup)
+        return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+    ramp = max(1, math.floor(TRAPEZOID_RAMP * max_steps))
+    return max(TRAPEZOID_FLOOR, min(1.0, (step + 1) / ramp, (max_steps - step) / ramp))
