@@ -106,8 +106,9 @@ def _dispatch_exchanged(
     plan, position_ids = whole_row(exchange, _checked_plan(attention_mask, query, key), position_ids)
     check_length(plan, state)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    query, key, value = exchange.to_heads(query, key, value)
-    return exchange.to_sequence(_attend(layer_share(state), query, key, value, plan, position_ids, scale, ()))
+    share = layer_share(state)
+    query, key, value = exchange.to_heads(query, key, value, share.order)
+    return exchange.to_sequence(_attend(share, query, key, value, plan, position_ids, scale, ()), share.order)
 
 
 # Records hold what graphs cannot.

@@ -7,7 +7,7 @@ trainer puts on each layer's state; here is what each rank's heads follow and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +19,7 @@ from sparse_hf_kernels import AttentionLayout, layout_key
 
 if TYPE_CHECKING:
     from sparse_hf.layer_state import LayerState
+    from sparse_hf.methods import Method
 
 _WHOLE = "whole_row"
 
@@ -26,7 +27,8 @@ _WHOLE = "whole_row"
 class HeadExchange(Protocol):
     """What trades slices of the sequence for slices of the heads; the same object may serve all layers.
 
-    Rank r of `size` attends the query heads [r, r + 1) * num_heads / size and the KV heads of `kv_head_range`.
+    Rank r of `size` attends the r-th part of the KV heads, in an order that the attention chooses, and their query
+    heads; with more ranks than KV heads `kv_head_range` says which.
     """
 
     @property
@@ -39,17 +41,23 @@ class HeadExchange(Protocol):
     def num_slices(self) -> int:
         """Parts of the row that the ranks bring: `size`, or 1 where something else put them together before."""
 
+    @property
+    def any_order(self) -> bool:
+        """Ranks may take heads in any order; otherwise in their own."""
+
     def gather_sequence(self, x: Tensor) -> Tensor:
         """Integers `[rows, seq_len / num_slices]` of all ranks as `[rows, seq_len]`."""
 
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, num_heads, seq_len / size, head_dim]` and k, v of all KV heads as this rank's heads of the row.
+
+        `order` names the KV heads of one rank after those of the other, None for their own order.
 
         Returns q `[batch, num_heads / size, seq_len, head_dim]` and k, v `[batch, len(kv_head_range), seq_len,
         head_dim]`. Differentiable, as is `to_sequence`; both pass on what was traded before.
         """
 
-    def to_sequence(self, out: Tensor) -> Tensor:
+    def to_sequence(self, out: Tensor, order: tuple[int, ...] | None) -> Tensor:
         """The inverse for the output: `[batch, num_heads, seq_len / size, head_dim]`."""
 
 
@@ -82,16 +90,28 @@ def kv_head_range(num_kv_heads: int, rank: int, size: int) -> range:
     return range(head, head + 1)
 
 
+def head_order(layout: AttentionLayout, size: int) -> tuple[int, ...] | None:
+    """The KV heads of one rank after those of the other, so that each gets its part of dense and of sparse ones.
+
+    Every layer waits for its slowest rank. None for the heads' own order: where all follow one pattern, and with more
+    ranks than KV heads.
+    """
+    if len(layout.groups) == 1 or size >= layout.num_kv_heads:
+        return None
+    dealt = [head for _, heads in layout.groups for head in heads]
+    return tuple(head for rank in range(size) for head in sorted(dealt[rank::size]))
+
+
 @dataclass
 class _GateShare:
     """The gates of some heads. A class, so that models can be copied."""
 
     gate: Callable[[], Tensor | None]
-    heads: range
+    heads: Sequence[int]
 
     def __call__(self) -> Tensor | None:
         gate = self.gate()
-        return None if gate is None else gate.narrow(0, self.heads.start, len(self.heads))
+        return None if gate is None else gate.narrow(0, self.heads[0], len(self.heads))
 
 
 def layer_share(state: LayerState) -> LayerState:
@@ -103,7 +123,11 @@ def layer_share(state: LayerState) -> LayerState:
         if all(a is b for a, b in zip(known, source, strict=True)):
             return share
     num_kv_heads = state.layout.num_kv_heads
-    heads = kv_head_range(num_kv_heads, exchange.rank, exchange.size)
+    heads: Sequence[int] = kv_head_range(num_kv_heads, exchange.rank, exchange.size)
+    # Gates that are learned cost the same in all heads.
+    order = head_order(state.layout, exchange.size) if state.gate is None and exchange.any_order else None
+    if order is not None:
+        heads = order[heads[0] : heads[-1] + 1]
 
     def select(layout: AttentionLayout) -> AttentionLayout:
         picked = layout.select(heads)
@@ -115,17 +139,22 @@ def layer_share(state: LayerState) -> LayerState:
         layout=select(state.layout),
         full=select(state.full),
         sparse=select(state.sparse),
-        methods=state.methods[heads.start : heads.stop],
-        full_methods=state.full_methods[heads.start : heads.stop],
-        sparse_methods=state.sparse_methods[heads.start : heads.stop],
+        methods=_of(state.methods, heads),
+        full_methods=_of(state.full_methods, heads),
+        sparse_methods=_of(state.sparse_methods, heads),
         gate=None if state.gate is None else _GateShare(state.gate, heads),
         # A KV head of several ranks counts as one per rank: parameters per query head then fall to the right rank.
         numbers=tuple(heads) if exchange.size <= num_kv_heads else (exchange.rank,),
         exchange=None,
+        order=order,
     )
     # Two: a step may ask for the dense teacher's and the student's in turn.
     state.kept_shares = [(source, share), *state.kept_shares[:1]]
     return share
+
+
+def _of(methods: tuple[Method, ...], heads: Sequence[int]) -> tuple[Method, ...]:
+    return tuple(methods[head] for head in heads) if methods else ()
 
 
 def whole_row(

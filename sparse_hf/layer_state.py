@@ -33,6 +33,7 @@ class LayerState:
         recorders: of the captures that are under way.
         exchange: of a model whose inputs are slices of the sequence; None when they are whole.
         numbers: the KV heads' numbers in the layer, for parameters per head; None when they are all of them.
+        order: of a rank's share, the KV heads of all ranks in turn; None where that is their own order.
         kept_shares: of `head_exchange.layer_share`.
     """
 
@@ -49,6 +50,7 @@ class LayerState:
     recorders: tuple[Recorder, ...] = ()
     exchange: HeadExchange | None = None
     numbers: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
     kept_shares: list[tuple[tuple[Any, ...], LayerState]] = field(default_factory=list, init=False, repr=False)
 
     def selects(self, gate: Tensor | None) -> bool:

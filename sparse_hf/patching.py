@@ -154,7 +154,7 @@ def dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     handle = get_handle(model)
     if any(state.exchange is not None for state in handle.states):
         # The model's own attention would see this rank's slice of the sequence alone.
-        with _dense_layouts(handle.states):
+        with dense_heads(model):
             yield model
         return
     # The sparsified model's own configuration: `unsparsify` inside the block puts another in its place.
@@ -168,14 +168,21 @@ def dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @contextmanager
-def _dense_layouts(states: list[LayerState]) -> Iterator[None]:
-    """Our attention with every head dense, within the model's own windows."""
+def dense_heads(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The same model with every head dense in our own attention, within the model's windows, for a `with` block.
+
+    What `dense` computes, but packed sequences need no N x N mask, and sequence parallelism goes on.
+
+    Raises:
+        ValueError: if the model is not sparsified.
+    """
+    states = get_handle(model).states
     before = [(state.layout, state.methods, state.gate) for state in states]
     put = [_dense_layout(layout.num_kv_heads, layout.max_distance) for layout, _, _ in before]
     for state, layout in zip(states, put, strict=True):
         state.layout, state.methods, state.gate = layout, (), None
     try:
-        yield
+        yield model
     finally:
         for state, layout, (old_layout, methods, gate) in zip(states, put, before, strict=True):
             state.gate = gate

@@ -34,6 +34,7 @@ from sparse_hf import (
     sparsity_summary,
     unsparsify,
 )
+from sparse_hf.patching import dense_heads, get_handle
 
 STREAMING = SparseConfig(sparse=Streaming(num_sink_tokens=2, window_size=6))
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -316,3 +317,18 @@ def test_unsparsified_model_with_the_name_set_explains_itself(make_model: Callab
     model.config._attn_implementation = "sparse_hf"
     with pytest.raises(ValueError, match="not sparsified"):
         model(ids)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_dense_heads_compute_what_the_model_did(make_model: Callable, family: str, ids: Tensor, packed: bool) -> None:
+    model = make_model(family)
+    positions = torch.arange(40)
+    inputs = {"position_ids": (positions % 23 if packed else positions)[None], "use_cache": False}
+    expected = model(ids, **inputs).logits
+    sparsify(model, STREAMING)
+    set_head_masks(model, torch.zeros_like(get_handle(model).head_masks))
+    sparse = model(ids, **inputs).logits
+    with dense_heads(model):
+        torch.testing.assert_close(model(ids, **inputs).logits, expected)
+    assert torch.equal(model(ids, **inputs).logits, sparse) and not torch.allclose(sparse, expected)

@@ -18,13 +18,15 @@ from sparse_hf_training.typed_config import build
 def test_log_file_says_what_is_done_in_order(run_values: Callable[..., dict[str, Any]]) -> None:
     text = io.StringIO()
     values = run_values(trainer={"eval_strategy": "steps", "eval_steps": 2})
-    run_training(build(RunConfig, values), console=Console(file=text, width=40))
+    run_training(build(RunConfig, values), console=Console(file=text, width=400))
     lines = text.getvalue().splitlines()
     steps = [line for line in lines if ": step " in line]
     assert [line.split(",")[0] for line in steps] == [f"training (masks): step {n}/4" for n in (1, 2, 3, 4)]
     for part in ("loss ", "kl ", "target 50%", "expected ", " tokens/s"):
         assert part in steps[-1], steps[-1]
-    others = [line for line in lines if ": step " not in line]
+    told = [line for line in lines if " rows" in line]
+    assert "documents" in told[0] and told[1].startswith("recall: "), "what became of the data"
+    others = [line for line in lines if ": step " not in line and line not in told]
     in_loop = ["judging", "judging recall", "saving"]
     assert others == [
         "loading the model",

@@ -21,8 +21,9 @@ from sparse_hf.artefact import load_artefact
 from sparse_hf.cache import SparseCache
 from sparse_hf.capture import capture
 from sparse_hf.config import SparseConfig
-from sparse_hf.head_exchange import check_head_counts, kv_head_range
+from sparse_hf.head_exchange import check_head_counts, head_order, kv_head_range
 from sparse_hf.patching import apply_config
+from sparse_hf_kernels import AttentionLayout, HeadPattern
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
 from sparse_hf_training.run import run_training
@@ -61,7 +62,7 @@ def launch(processes: int, program: str, *arguments: str, limit: float = 240) ->
 
 def test_four_processes_equal_one() -> None:
     rows = [json.loads(line) for line in launch(4, "sequence_parallel.py").splitlines() if line.startswith("{")]
-    assert len(rows) == 24
+    assert len(rows) == 26
     for row in rows:
         assert row["loss"] < 2e-6, row
         assert row["gradient"] < 1e-6 * max(row.get("largest", 0), 1e-1), row
@@ -181,6 +182,22 @@ def test_query_heads_find_their_kv_heads(size: int) -> None:
         mine = range(rank * num_heads // size, (rank + 1) * num_heads // size)
         needed = {head // (num_heads // num_kv_heads) for head in mine}
         assert set(kv_head_range(num_kv_heads, rank, size)) == needed
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size", "order"),
+    [
+        ("dsdsdsds", 2, (0, 1, 4, 5, 2, 3, 6, 7)),
+        ("ddssssss", 4, (0, 4, 1, 5, 2, 6, 3, 7)),
+        ("ssdd", 2, (0, 2, 1, 3)),
+        ("dddd", 2, None),
+        ("dsds", 4, None),
+        ("ds", 4, None),
+    ],
+)
+def test_dense_and_sparse_heads_are_dealt_evenly(kinds: str, size: int, order: tuple[int, ...] | None) -> None:
+    patterns = {"d": HeadPattern(), "s": HeadPattern(window=4)}
+    assert head_order(AttentionLayout(patterns=tuple(patterns[kind] for kind in kinds)), size) == order
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(28, 4, 8), (6, 3, 2), (12, 12, 5)])

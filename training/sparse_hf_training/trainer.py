@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from sparse_hf.lora import adapters_disabled, unwrapped
-from sparse_hf.patching import dense, get_handle, set_head_masks
+from sparse_hf.patching import dense, dense_heads, get_handle, set_head_masks
 from sparse_hf_training.callbacks import MaskStepCallback
 from sparse_hf_training.checkpoint import last_complete_checkpoint, mark_complete, remove_old_checkpoints, saving
 from sparse_hf_training.engines import Engine, all_finite, check_engine, record_engine
@@ -175,7 +175,9 @@ class SparseTrainer(EngineCheckpoints):
         try:
             # An adapter that trains is none of the base model's; a frozen one is.
             base = adapters_disabled(model) if self._weights_train else nullcontext()
-            with dense(model), base:
+            # On GPUs our kernels compute dense heads faster than torch's first choice, packed rows above all.
+            attention = dense_heads if self.args.device.type == "cuda" else dense
+            with attention(model), base:
                 states = self._loss_head(model).final_states(lambda: model(**inputs), kept)
             return TeacherStates(states=states, project=base_output_embedding(model) if self._weights_train else None)
         finally:

@@ -94,7 +94,7 @@ def engine(stage: int) -> dict[str, object]:
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
         "bf16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
     }

@@ -106,10 +106,11 @@ def parity(
     gated: bool,
     model: PreTrainedModel | None = None,
     checkpointing: bool = False,
+    masks: Tensor = MASKS,
 ) -> dict[str, float]:
     model = make_model() if model is None else model
     model.train()
-    apply_config(model, SparseConfig.from_dict({"sparse": sparse}), None if gated else MASKS)
+    apply_config(model, SparseConfig.from_dict({"sparse": sparse}), None if gated else masks)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if gated:
@@ -253,6 +254,15 @@ def main() -> None:
         "triangle, gates, packed": lambda g: parity(g, packed, TRIANGLE, True),
         "xattention, frozen, packed": lambda g: parity(g, long, XATTENTION, False),
         "xattention, gates, packed": lambda g: parity(g, long, XATTENTION, True),
+        # The ranks of two take the heads 0 and 1, 2 and 3 of the one layer and 0 and 2, 1 and 3 of the other.
+        "heads in another order": lambda g: parity(
+            g,
+            long,
+            XATTENTION | {"threshold": [0.2, 0.9, 0.5, 0.35, 0.7, 0.3, 0.8, 0.6]},
+            False,
+            make_model(num_attention_heads=8, num_key_value_heads=4),
+            masks=torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]]),
+        ),
         "qwen3": lambda g: parity(g, packed, STREAMING, True, make_model("qwen3")),
         "frozen, packed, FSDP2": check_fsdp,
         "disabled": check_disabled,

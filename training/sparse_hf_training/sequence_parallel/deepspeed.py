@@ -33,11 +33,12 @@ class DeepSpeedShare:
     size: int
     num_heads: int
     num_slices: int = 1
+    any_order: bool = False
 
     def gather_sequence(self, x: Tensor) -> Tensor:
         return x
 
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         if q.shape[1] != self.num_heads // self.size:
             raise ValueError(
                 f"expected {self.num_heads // self.size} of {self.num_heads} query heads from DeepSpeed, got "
@@ -46,7 +47,7 @@ class DeepSpeedShare:
             )
         return q, k, v
 
-    def to_sequence(self, out: Tensor) -> Tensor:
+    def to_sequence(self, out: Tensor, order: tuple[int, ...] | None) -> Tensor:
         return out
 
 
