@@ -79,7 +79,7 @@ def test_gpus_equal_one_in_bf16() -> None:
     number = 4 if torch.cuda.device_count() >= 4 else 2
     out = launch(number, "sequence_parallel.py", "cuda", limit=500)
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert len(rows) == 12 * (2 if number == 4 else 1)
+    assert len(rows) == 13 * (2 if number == 4 else 1)
     for row in rows:
         # Rounding may change which blocks xattention selects.
         bound = 0.1 if "xattention" in row["case"] else 0.03
