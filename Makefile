@@ -4,6 +4,8 @@ VENV ?= .venv
 # triton. `make install TORCH=torch==2.11.0` spares that second download where pip offers CUDA builds.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# Test processes side by side; whole files go to one, so that what their tests share is made once.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,8 +29,8 @@ demo: install
 
 # Triton's interpreter is chosen when kernels are imported, hence a process of its own.
 test: install
-	$(BIN)/pytest -m "not network" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest $(PYTEST_ARGS) tests/kernels/interpreter
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not network" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

@@ -8,7 +8,6 @@ only at the attention. The positions are worked out at the first layer and kept.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -27,9 +26,10 @@ RESTARTS = (
 )
 
 
-@dataclass(kw_only=True, eq=False)
 class ForwardPlan:
-    """Lengths and padding of one forward pass.
+    """Lengths and padding of one forward pass; the same object in all layers.
+
+    No dataclass: where FSDP2 casts the inputs of layers it would copy one, and what layers share would be lost.
 
     Args:
         q_len: new tokens.
@@ -40,16 +40,23 @@ class ForwardPlan:
         device: of the inputs.
     """
 
-    q_len: int
-    kv_len: int
-    q_offset: int | Tensor
-    kv_offset: int
-    padding_mask: Tensor | None
-    device: torch.device
     ndim: ClassVar[int] = 4  # `generate` prepares masks for static caches; models then leave them alone, like 4-D ones
-    known: dict[str, Any] = field(default_factory=dict, init=False)  # what layers share that cannot be traced
-    _positions: TokenPositions | TracedPositions | None = field(default=None, init=False)
-    _look: tuple[Tensor | None, bool] | None = field(default=None, init=False)
+
+    def __init__(
+        self,
+        *,
+        q_len: int,
+        kv_len: int,
+        q_offset: int | Tensor,
+        kv_offset: int,
+        padding_mask: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.q_len, self.kv_len, self.q_offset, self.kv_offset = q_len, kv_len, q_offset, kv_offset
+        self.padding_mask, self.device = padding_mask, device
+        self.known: dict[str, Any] = {}  # what layers share that cannot be traced
+        self._positions: TokenPositions | TracedPositions | None = None
+        self._look: tuple[Tensor | None, bool] | None = None
 
     def positions(self, position_ids: Tensor | None) -> TokenPositions | TracedPositions:
         """Positions when the attention gets all keys in one tensor (no cache, or one of transformers' own)."""

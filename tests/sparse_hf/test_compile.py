@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 from transformers import DynamicCache, StaticCache
 
 from sparse_hf import SparseCache
@@ -215,3 +216,11 @@ def test_keys_after_the_newest_query_are_no_closed_form() -> None:
     assert ForwardPlan(**sizes, kv_len=7).compute_positions(None).offset == 4
     found = ForwardPlan(**sizes, kv_len=9).compute_positions(None)
     assert found.offset is None and found.k_positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, -1, -1]]
+
+
+def test_a_plan_survives_the_cast_of_inputs() -> None:
+    """FSDP2 under mixed precision casts what layers are given, and copies dataclasses on the way."""
+    plan = ForwardPlan(q_len=4, kv_len=4, q_offset=0, kv_offset=0, padding_mask=None, device=torch.device("cpu"))
+    given = {"attention_mask": plan, "hidden_states": torch.ones(2)}
+    cast = _apply_to_tensors(lambda x: x.to(torch.bfloat16), given)
+    assert cast["attention_mask"] is plan and cast["hidden_states"].dtype == torch.bfloat16

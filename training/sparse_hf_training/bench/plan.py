@@ -75,19 +75,19 @@ class TrainingPlan:
                 *report.step_figures(alone, None, n),
                 *report.step_figures(shared, alone, n),
                 report.efficiency_figure(shared, alone, n),
-                report.exchange_figure(shared, n),
+                *report.exchange_figures(shared, n),
             ]
 
     def _whole_model(self, take: TakeSteps) -> Iterator[list[Figure]]:
         n = self.num_gpus
         case = TrainingCase(name="", num_layers=self.whole_layers, seq_len=self.lengths[-1], seq_parallel_size=n)
         dense = take(replace(case, name="dense heads"))
-        yield [*report.step_figures(dense, None, n), report.exchange_figure(dense, n)]
+        yield [*report.step_figures(dense, None, n), *report.exchange_figures(dense, n)]
         sft = take(replace(case, name=f"{SPARSITY:.0%} streaming heads", head_sparsity=SPARSITY))
         yield [
             *report.step_figures(sft, dense, n),
             *report.speedup_figures(sft, dense, n, False),
-            report.exchange_figure(sft, n),
+            *report.exchange_figures(sft, n),
         ]
         masks = take(replace(case, name="masks alone, cross-entropy", stage="masks"))
         yield [*report.step_figures(masks, dense, n), report.mask_step_figure(masks, dense, n)]

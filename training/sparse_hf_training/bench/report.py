@@ -95,15 +95,24 @@ def efficiency_figure(shared: Steps, alone: Steps, num_gpus: int) -> Figure:
     )
 
 
-def exchange_figure(steps: Steps, num_gpus: int) -> Figure:
-    """The share of a step in which a rank waits for an exchange of heads, for late ranks included."""
-    return Figure(
-        case=f"{case_title(steps, num_gpus)}: waiting for exchanges",
-        value=steps.exchange_seconds / steps.step_seconds,
-        unit="share",
-        lower_is_better=True,
-        must=EXCHANGE_BOUND,
-    )
+def exchange_figures(steps: Steps, num_gpus: int) -> list[Figure]:
+    """The share of a step that exchanges of heads take, and that in which some rank waits, for late ones included."""
+    title = case_title(steps, num_gpus)
+    return [
+        Figure(
+            case=f"{title}: exchanges of heads",
+            value=steps.exchange_seconds / steps.step_seconds,
+            unit="share",
+            lower_is_better=True,
+            must=EXCHANGE_BOUND,
+        ),
+        Figure(
+            case=f"{title}: longest wait for exchanges and late ranks",
+            value=steps.waiting_seconds / steps.step_seconds,
+            unit="share",
+            lower_is_better=True,
+        ),
+    ]
 
 
 def better(first: Steps, *others: Steps) -> Steps:

@@ -96,14 +96,16 @@ class Steps:
         case: what took them.
         seconds: of each step but the first, the slowest rank's.
         peak_bytes: the largest of any GPU after the first step.
-        exchange_seconds: of a step in which ranks waited for an exchange of heads, for late ranks included; the longest
-            of any rank.
+        exchange_seconds: of a step that exchanges of heads take by themselves: the least wait of any rank, that of the
+            rank which comes last.
+        waiting_seconds: the longest wait of any rank, for late ones included.
     """
 
     case: TrainingCase
     seconds: tuple[float, ...]
     peak_bytes: int
     exchange_seconds: float
+    waiting_seconds: float
 
     @property
     def step_seconds(self) -> float:
@@ -112,15 +114,22 @@ class Steps:
 
 @dataclass
 class StepClock(TrainerCallback):
-    """Times whole optimizer steps, the device's work included."""
+    """Times whole optimizer steps, the device's work included, and after the first one the exchanges in them.
 
+    Args:
+        stack: ends the timing of exchanges.
+    """
+
+    stack: ExitStack
     seconds: list[float] = field(default_factory=list)
+    exchanges: ExchangeTimer = field(default_factory=ExchangeTimer)
     _start: float = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         torch.cuda.synchronize()
         if len(self.seconds) == 1:
             torch.cuda.reset_peak_memory_stats()  # the first step also compiles
+            self.exchanges = self.stack.enter_context(time_exchanges())
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -130,27 +139,31 @@ class StepClock(TrainerCallback):
 
 def take_steps(case: TrainingCase, num_steps: int = 4) -> Steps:
     """Takes `num_steps` optimizer steps of a case on all ranks; the first does not count."""
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        clock = StepClock(stack)
         trainer = build_trainer(case, folder, num_steps, clock)
         model: Any = trainer.model
-        with sequence_parallel([model], case.seq_parallel_size), _attention(case, model), time_exchanges() as timer:
-            trainer.train()
-    steps = _over_ranks(case, clock, timer, num_steps)
+        stack.enter_context(sequence_parallel([model], case.seq_parallel_size))
+        stack.enter_context(_attention(case, model))
+        trainer.train()
+    steps = _over_ranks(case, clock)
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()
     return steps
 
 
-def _over_ranks(case: TrainingCase, clock: StepClock, timer: ExchangeTimer, num_steps: int) -> Steps:
+def _over_ranks(case: TrainingCase, clock: StepClock) -> Steps:
     """The slowest and largest of all ranks."""
-    own = [*clock.seconds[1:], timer.seconds / num_steps, float(torch.cuda.max_memory_allocated())]
+    waited = clock.exchanges.seconds / max(len(clock.seconds) - 1, 1)
+    own = [*clock.seconds[1:], waited, -waited, float(torch.cuda.max_memory_allocated())]
     found = torch.tensor(own, device="cuda", dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(found, dist.ReduceOp.MAX)
-    *seconds, exchange, peak = found.tolist()
-    return Steps(case=case, seconds=tuple(seconds), peak_bytes=int(peak), exchange_seconds=exchange)
+    *seconds, longest, least, peak = found.tolist()
+    return Steps(
+        case=case, seconds=tuple(seconds), peak_bytes=int(peak), exchange_seconds=-least, waiting_seconds=longest
+    )
 
 
 def build_trainer(case: TrainingCase, folder: str, num_steps: int, clock: TrainerCallback) -> SparseTrainer:
