@@ -29,11 +29,12 @@ DOCUMENTS = (
     "docs/benchmarks/kernels.md",
     "docs/benchmarks/patterns.md",
     "docs/benchmarks/end_to_end.md",
+    "docs/benchmarks/training.md",
 )
 BLOCK = re.compile(
     r"(<!-- (?P<kind>table|grid|source): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
-FORMATS = {"bytes": ",.0f", "s": ",.0f", "tokens": ",.0f", "MiB": ",.1f", "%": ".2f", "nats/token": ".4f"}
+FORMATS = {"bytes": ",.0f", "s": ",.0f", "tokens": ",.0f", "tokens/s": ",.0f", "MiB": ",.1f", "%": ".2f", "nats/token": ".4f"}
 
 ENDS = (" (95% low)", " (95% high)")
 

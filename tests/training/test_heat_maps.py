@@ -182,6 +182,7 @@ def test_wandb_offline_gets_figures_and_maps(
     wandb = pytest.importorskip("wandb")
     for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
         monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # what an earlier run in this process was told
     result = run(
         run_values(evaluation={}, observe={"mask_image_steps": 2}, trainer={"report_to": ["wandb"], "max_steps": 3})
     )

@@ -357,29 +357,6 @@ def test_callback_notices_a_loss_without_gates(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_wandb_offline_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = trainer_for(tmp_path / "run", max_steps=2, report_to=["wandb"])
-    trainer.train()
-    summary = dict(wandb.run.summary)
-    wandb.finish()
-    assert summary["train/sparsity/target"] == pytest.approx(0.25)
-    assert {"train/loss/kl", "train/lagrangian/linear"} <= set(summary)
-    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def test_tensorboard_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer_for(tmp_path / "run", max_steps=2, report_to=["tensorboard"]).train()
-    events = accumulator.EventAccumulator(str(tmp_path / "events"))
-    events.Reload()
-    assert {"train/sparsity/target", "train/loss/kl"} <= set(events.Tags()["scalars"])
-
-
 def test_label_smoothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label smoothing"):
         trainer_for(tmp_path, label_smoothing_factor=0.1)
