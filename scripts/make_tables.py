@@ -34,7 +34,15 @@ DOCUMENTS = (
 BLOCK = re.compile(
     r"(<!-- (?P<kind>table|grid|source): (?P<name>[\w-]+)(?: / (?P<text>[^\n]+?))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
-FORMATS = {"bytes": ",.0f", "s": ",.0f", "tokens": ",.0f", "tokens/s": ",.0f", "MiB": ",.1f", "%": ".2f", "nats/token": ".4f"}
+FORMATS = {
+    "bytes": ",.0f",
+    "s": ",.0f",
+    "tokens": ",.0f",
+    "tokens/s": ",.0f",
+    "MiB": ",.1f",
+    "%": ".2f",
+    "nats/token": ".4f",
+}
 
 ENDS = (" (95% low)", " (95% high)")
 
