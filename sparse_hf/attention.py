@@ -106,7 +106,7 @@ def _dispatch_exchanged(
     plan, position_ids = whole_row(exchange, _checked_plan(attention_mask, query, key), position_ids)
     check_length(plan, state)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    share = layer_share(state)
+    share = layer_share(state, query.shape[1])
     query, key, value = exchange.to_heads(query, key, value, share.order)
     return exchange.to_sequence(_attend(share, query, key, value, plan, position_ids, scale, ()), share.order)
 

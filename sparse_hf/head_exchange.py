@@ -27,8 +27,8 @@ _WHOLE = "whole_row"
 class HeadExchange(Protocol):
     """What trades slices of the sequence for slices of the heads; the same object may serve all layers.
 
-    Rank r of `size` attends the r-th part of the KV heads, in an order that the attention chooses, and their query
-    heads; with more ranks than KV heads `kv_head_range` says which.
+    Rank r of `size` attends the r-th part of the KV heads, in an order that the attention chooses (`head_order`), and
+    their query heads; without an order `kv_head_range` says which.
     """
 
     @property
@@ -51,10 +51,11 @@ class HeadExchange(Protocol):
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, num_heads, seq_len / size, head_dim]` and k, v of all KV heads as this rank's heads of the row.
 
-        `order` names the KV heads of one rank after those of the other, None for their own order.
+        `order` is `head_order`'s.
 
-        Returns q `[batch, num_heads / size, seq_len, head_dim]` and k, v `[batch, len(kv_head_range), seq_len,
-        head_dim]`. Differentiable, as is `to_sequence`; both pass on what was traded before.
+        Returns q `[batch, num_heads / size, seq_len, head_dim]` and k, v `[batch, len(order) / size, seq_len,
+        head_dim]`, without an order those of `kv_head_range`. Differentiable, as is `to_sequence`; both pass on what
+        was traded before.
         """
 
     def to_sequence(self, out: Tensor, order: tuple[int, ...] | None) -> Tensor:
@@ -90,16 +91,27 @@ def kv_head_range(num_kv_heads: int, rank: int, size: int) -> range:
     return range(head, head + 1)
 
 
-def head_order(layout: AttentionLayout, size: int) -> tuple[int, ...] | None:
-    """The KV heads of one rank after those of the other, so that each gets its part of dense and of sparse ones.
+def head_order(layout: AttentionLayout, num_heads: int, size: int) -> tuple[int, ...] | None:
+    """The heads of one rank after those of the other, so that each gets its part of dense and of sparse ones.
 
-    Every layer waits for its slowest rank. None for the heads' own order: where all follow one pattern, and with more
-    ranks than KV heads.
+    Every layer waits for its slowest rank. Where a pattern's KV heads cannot be shared out evenly all are split: with f
+    parts each, number n stands for part n % f of KV head n // f, which has an f-th of its query heads, and its keys and
+    values whole. None for the heads' own order: where all follow one pattern, and with more ranks than KV heads.
+
+    Args:
+        layout: of all KV heads.
+        num_heads: query heads.
+        size: ranks.
     """
-    if len(layout.groups) == 1 or size >= layout.num_kv_heads:
+    num_kv_heads = layout.num_kv_heads
+    if len(layout.groups) == 1 or size >= num_kv_heads:
         return None
-    dealt = [head for _, heads in layout.groups for head in heads]
-    return tuple(head for rank in range(size) for head in sorted(dealt[rank::size]))
+    group = num_heads // num_kv_heads
+    parts = [f for f in range(1, group + 1) if group % f == 0 and num_kv_heads * f % size == 0]
+    even = [f for f in parts if all(len(heads) * f % size == 0 for _, heads in layout.groups)]
+    f = (even or parts[-1:])[0]
+    dealt = [head * f + part for _, heads in layout.groups for head in heads for part in range(f)]
+    return tuple(number for rank in range(size) for number in sorted(dealt[rank::size]))
 
 
 @dataclass
@@ -114,8 +126,11 @@ class _GateShare:
         return None if gate is None else gate.narrow(0, self.heads[0], len(self.heads))
 
 
-def layer_share(state: LayerState) -> LayerState:
-    """What this rank's heads of the layer follow, kept until the layer's own masks or gates are replaced."""
+def layer_share(state: LayerState, num_heads: int) -> LayerState:
+    """What this rank's heads of the layer follow, kept until the layer's own masks or gates are replaced.
+
+    `num_heads` are the layer's query heads.
+    """
     exchange = state.exchange
     assert exchange is not None
     source = (state.layout, state.full, state.sparse, state.gate, exchange)
@@ -125,9 +140,13 @@ def layer_share(state: LayerState) -> LayerState:
     num_kv_heads = state.layout.num_kv_heads
     heads: Sequence[int] = kv_head_range(num_kv_heads, exchange.rank, exchange.size)
     # Gates that are learned cost the same in all heads.
-    order = head_order(state.layout, exchange.size) if state.gate is None and exchange.any_order else None
+    order = head_order(state.layout, num_heads, exchange.size) if state.gate is None and exchange.any_order else None
+    # Parts of a KV head count as heads: parameters per query head then fall to the right rank.
+    numbers: Sequence[int] = heads if exchange.size <= num_kv_heads else (exchange.rank,)
     if order is not None:
-        heads = order[heads[0] : heads[-1] + 1]
+        mine = len(order) // exchange.size
+        numbers = order[exchange.rank * mine : (exchange.rank + 1) * mine]
+        heads = [number * num_kv_heads // len(order) for number in numbers]
 
     def select(layout: AttentionLayout) -> AttentionLayout:
         picked = layout.select(heads)
@@ -143,8 +162,7 @@ def layer_share(state: LayerState) -> LayerState:
         full_methods=_of(state.full_methods, heads),
         sparse_methods=_of(state.sparse_methods, heads),
         gate=None if state.gate is None else _GateShare(state.gate, heads),
-        # A KV head of several ranks counts as one per rank: parameters per query head then fall to the right rank.
-        numbers=tuple(heads) if exchange.size <= num_kv_heads else (exchange.rank,),
+        numbers=tuple(numbers),
         exchange=None,
         order=order,
     )

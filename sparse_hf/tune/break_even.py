@@ -23,7 +23,7 @@ from sparse_hf.bench.timing import CudaClock
 from sparse_hf.bench.workload import Shape, make_inputs
 from sparse_hf.break_even import ALWAYS_DENSE, architecture_name, break_even_tokens, checked_entry
 from sparse_hf.methods import Dense, DynamicMethod, Method, available_methods, method_from_dict
-from sparse_hf.tune.ratios import CASE, dense_len, time_ratios
+from sparse_hf.tune.ratios import CASE, Job, dense_len, time_ratios
 from sparse_hf.tune.table import merge_entries, provenance
 from sparse_hf_kernels.tuned import DTYPES
 
@@ -33,7 +33,9 @@ UNIT = 128
 CHAIN_CALLS = 10
 ALL = "all"
 DEPLOYED_LIMIT = 1.02
-"""With the queries before a method's break-even length dense, a layer may take so many times a dense layer's time."""
+"""With the queries before a method's break-even length dense, a layer may take so many times a dense layer's time: the
+fastest one's, or ours where that is slower, since more dense rows of ours cannot mend it."""
+OWN_DENSE = "our dense"
 
 Progress = Callable[[str], object]
 Ratios = tuple[tuple[int, float], ...]
@@ -211,6 +213,7 @@ class _Search:
     always_dense: int
     ratios: dict[int, float] = field(default_factory=dict)
     deployed: dict[int, float] = field(default_factory=dict)
+    own_dense: dict[int, float] = field(default_factory=dict)
     tokens: int | None = None
     failed: bool = False
 
@@ -248,7 +251,8 @@ class _Search:
         """Lengths beyond its start at which what is deployed takes too long."""
         if self.tokens is None:
             return []
-        return [length for length, ratio in self.deployed.items() if length > self.start and ratio > DEPLOYED_LIMIT]
+        limits = {length: DEPLOYED_LIMIT * max(1.0, self.own_dense.get(length, 1.0)) for length in self.deployed}
+        return [length for length, ratio in self.deployed.items() if length > self.start and ratio > limits[length]]
 
     def settle(self, lengths: Sequence[int]) -> bool:
         """Whether what is deployed is fast enough; else it starts at the next length."""
@@ -330,9 +334,11 @@ def _probe(
     for length in sorted({length for found in wanted.values() for length in found}):
         here = [search for search in searches if length in wanted[search.label]]
         progress(f"{options.head_dim}, {length} tokens, {len(here)} methods as deployed")
-        jobs = {search.label: (search.method, search.num_dense_rows) for search in here}
+        jobs: dict[str, Job] = {search.label: (search.method, search.num_dense_rows) for search in here}
+        jobs[OWN_DENSE] = (Dense(), 0)
         found = time_ratios(session, options.shape(length), jobs, in_layer=True)
         for search in here:
+            search.own_dense[length] = max(search.own_dense.get(length, 0.0), found.get(OWN_DENSE, 1.0))
             earlier = search.deployed.get(length, math.inf)
             search.note(search.deployed, length, found)
             search.deployed[length] = min(search.deployed.get(length, math.inf), earlier)

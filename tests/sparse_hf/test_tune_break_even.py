@@ -24,6 +24,7 @@ from sparse_hf.break_even import ALWAYS_DENSE, break_even
 from sparse_hf.cli.app import build_app
 from sparse_hf.methods import available_methods
 from sparse_hf.tune.break_even import (
+    OWN_DENSE,
     BreakEvenOptions,
     Measured,
     measurable_methods,
@@ -139,7 +140,7 @@ def test_what_is_deployed_must_be_fast_just_after_it_begins(monkeypatch: pytest.
     seen: list[tuple[int, int]] = []
 
     def ratios(session: Session, shape: Shape, jobs: Mapping[str, Job], in_layer: bool = False) -> dict[str, float]:
-        ((label, (_, rows)),) = jobs.items()
+        label, (_, rows) = next(iter(jobs.items()))
         assert in_layer == (len(seen) >= 4), "what is deployed counts within its layer"
         seen.append((shape.seq_len, rows))
         if not rows:
@@ -171,7 +172,7 @@ def test_what_seems_too_slow_is_measured_again(monkeypatch: pytest.MonkeyPatch) 
     found = iter([1.03, 1.01])
 
     def ratios(session: Session, shape: Shape, jobs: Mapping[str, Job], in_layer: bool = False) -> dict[str, float]:
-        ((label, (_, rows)),) = jobs.items()
+        label, (_, rows) = next(iter(jobs.items()))
         if not rows:
             return {label: 0.9 if shape.seq_len >= 512 else 1.2}
         return {label: next(found) if shape.seq_len == 640 else 1.0}
@@ -179,6 +180,26 @@ def test_what_seems_too_slow_is_measured_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sparse_hf.tune.break_even.time_ratios", ratios)
     (result,), _, _ = run(by_length({128: 1.0}), replace(OPTIONS, lengths=(256, 512, 1024)))
     assert result.tokens == 512 and dict(result.deployed_ratios)[640] == 1.01
+
+
+def test_our_own_dense_attention_sets_the_limit_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More dense rows would not mend that."""
+    own = 1.05
+
+    def ratios(session: Session, shape: Shape, jobs: Mapping[str, Job], in_layer: bool = False) -> dict[str, float]:
+        label, (_, rows) = next(iter(jobs.items()))
+        if not rows:
+            return {label: 0.9 if shape.seq_len >= 512 else 1.2}
+        assert jobs[OWN_DENSE] == (Dense(), 0)
+        return {label: 1.06 if shape.seq_len == 640 else 1.0, OWN_DENSE: own}
+
+    monkeypatch.setattr("sparse_hf.tune.break_even.time_ratios", ratios)
+    options = replace(OPTIONS, lengths=(256, 512, 1024))
+    (result,), _, _ = run(by_length({128: 1.0}), options)
+    assert result.tokens == 512
+    own = 1.03
+    (result,), _, _ = run(by_length({128: 1.0}), options)
+    assert result.tokens == 1024
 
 
 def test_the_longest_length_is_the_last_at_which_sparsity_can_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def launch(processes: int, program: str, *arguments: str, limit: float = 240) ->
 
 def test_four_processes_equal_one() -> None:
     rows = [json.loads(line) for line in launch(4, "sequence_parallel.py").splitlines() if line.startswith("{")]
-    assert len(rows) == 26
+    assert len(rows) == 28
     for row in rows:
         assert row["loss"] < 2e-6, row
         assert row["gradient"] < 1e-6 * max(row.get("largest", 0), 1e-1), row
@@ -79,7 +79,7 @@ def test_gpus_equal_one_in_bf16() -> None:
     number = 4 if torch.cuda.device_count() >= 4 else 2
     out = launch(number, "sequence_parallel.py", "cuda", limit=500)
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert len(rows) == 13 * (2 if number == 4 else 1)
+    assert len(rows) == 14 * (2 if number == 4 else 1)
     for row in rows:
         # Rounding may change which blocks xattention selects.
         bound = 0.1 if "xattention" in row["case"] else 0.03
@@ -185,19 +185,33 @@ def test_query_heads_find_their_kv_heads(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "size", "order"),
+    ("kinds", "num_heads", "size", "order"),
     [
-        ("dsdsdsds", 2, (0, 1, 4, 5, 2, 3, 6, 7)),
-        ("ddssssss", 4, (0, 4, 1, 5, 2, 6, 3, 7)),
-        ("ssdd", 2, (0, 2, 1, 3)),
-        ("dddd", 2, None),
-        ("dsds", 4, None),
-        ("ds", 4, None),
+        ("dsdsdsds", 32, 2, (0, 1, 4, 5, 2, 3, 6, 7)),
+        ("ssdd", 4, 2, (0, 2, 1, 3)),
+        ("ddssssss", 8, 4, (0, 4, 1, 5, 2, 6, 3, 7)),  # one query head each: none to split
+        ("ddssssss", 32, 4, (0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)),  # halves: 0 and 1 of head 0
+        ("dsss", 8, 2, (0, 2, 4, 6, 1, 3, 5, 7)),
+        ("dddd", 16, 2, None),
+        ("dsds", 16, 4, None),
+        ("ds", 16, 4, None),
     ],
 )
-def test_dense_and_sparse_heads_are_dealt_evenly(kinds: str, size: int, order: tuple[int, ...] | None) -> None:
+def test_dense_and_sparse_heads_are_dealt_evenly(
+    kinds: str, num_heads: int, size: int, order: tuple[int, ...] | None
+) -> None:
     patterns = {"d": HeadPattern(), "s": HeadPattern(window=4)}
-    assert head_order(AttentionLayout(patterns=tuple(patterns[kind] for kind in kinds)), size) == order
+    layout = AttentionLayout(patterns=tuple(patterns[kind] for kind in kinds))
+    assert head_order(layout, num_heads, size) == order
+
+
+def test_ranks_have_equal_work_where_heads_can_be_split() -> None:
+    patterns = [HeadPattern()] * 3 + [HeadPattern(window=4)] * 5
+    order = head_order(AttentionLayout(patterns=tuple(patterns)), 32, 4)
+    assert order is not None and sorted(order) == list(range(32))
+    for rank in range(4):
+        mine = [patterns[number // 4] for number in order[rank * 8 : rank * 8 + 8]]
+        assert sum(pattern.is_dense for pattern in mine) == 3
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(28, 4, 8), (6, 3, 2), (12, 12, 5)])

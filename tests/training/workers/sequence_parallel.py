@@ -44,6 +44,8 @@ STREAMING = {"method": "streaming", "num_sink_tokens": 2, "window_size": 6}
 TRIANGLE = {"method": "triangle", "num_sink_tokens": 2, "window_size": 6, "num_last_tokens": 5}
 XATTENTION = {"method": "xattention", "block_size": 64, "stride": 16, "threshold": [0.2, 0.9, 0.5, 0.35]}
 MASKS = torch.tensor([[1, 0], [0, 1]])
+GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 4}
+MANY = XATTENTION | {"threshold": [0.2, 0.9, 0.5, 0.35, 0.7, 0.3, 0.8, 0.6]}
 
 
 def make_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -254,14 +256,13 @@ def main() -> None:
         "triangle, gates, packed": lambda g: parity(g, packed, TRIANGLE, True),
         "xattention, frozen, packed": lambda g: parity(g, long, XATTENTION, False),
         "xattention, gates, packed": lambda g: parity(g, long, XATTENTION, True),
-        # The ranks of two take the heads 0 and 1, 2 and 3 of the one layer and 0 and 2, 1 and 3 of the other.
+        # Two ranks take the heads 0 and 1, 2 and 3 of the one layer and 0 and 2, 1 and 3 of the other.
         "heads in another order": lambda g: parity(
-            g,
-            long,
-            XATTENTION | {"threshold": [0.2, 0.9, 0.5, 0.35, 0.7, 0.3, 0.8, 0.6]},
-            False,
-            make_model(num_attention_heads=8, num_key_value_heads=4),
-            masks=torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]]),
+            g, long, MANY, False, make_model(**GROUPED), masks=torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]])
+        ),
+        # One and three dense heads for two ranks: each takes a half of every head.
+        "halves of heads": lambda g: parity(
+            g, long, MANY, False, make_model(**GROUPED), masks=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 1]])
         ),
         "qwen3": lambda g: parity(g, packed, STREAMING, True, make_model("qwen3")),
         "frozen, packed, FSDP2": check_fsdp,

@@ -139,7 +139,8 @@ def is_sequence_parallel(model: nn.Module) -> bool:
 
 
 def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    states = get_handle(model).states
+    handle = get_handle(model)
+    states, num_heads = handle.states, handle.shape.num_heads
     if states[0].exchange is None:
         return
     if kwargs.get("position_ids") is None:
@@ -153,7 +154,7 @@ def _before_forward(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "alone; use `with dense(model)` for dense attention under sequence parallelism"
         )
     for state in states:
-        layer_share(state)  # here rather than within a graph that is being traced
+        layer_share(state, num_heads)  # here rather than within a graph that is being traced
 
 
 def check_model(model: PreTrainedModel, size: int) -> None:

@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparse_hf.head_exchange import kv_head_range
 from sparse_hf_training.sequence_parallel.collectives import all_gather, all_to_all
 from sparse_hf_training.sequence_parallel.groups import SequenceGroup
 
@@ -52,16 +51,16 @@ class UlyssesExchange:
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor, order: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         num_kv_heads = k.shape[1]
         if order is not None:
-            # Whole groups of query heads go with their KV head.
-            group = q.shape[1] // num_kv_heads
-            q = q.index_select(1, _head_index(order, group, q.device))
-            k, v = (x.index_select(1, _head_index(order, 1, x.device)) for x in (k, v))
-        if num_kv_heads < self.size:
+            # Query heads go with their KV head, or with the part of it that they are.
+            q = q.index_select(1, _head_index(order, q.shape[1] // len(order), q.device))
+            heads = tuple(number * num_kv_heads // len(order) for number in order)
+            k, v = (x.index_select(1, _head_index(heads, 1, x.device)) for x in (k, v))
+        elif num_kv_heads < self.size:
             # A KV head goes to several ranks; its gradient is the sum of theirs.
             k, v = (x.repeat_interleave(self.size // num_kv_heads, dim=1) for x in (k, v))
         sent = torch.cat([self._by_rank(x) for x in (q, k, v)], dim=3)
         came = all_to_all(sent, self.size, self.group.name).flatten(0, 1)
-        mine = len(kv_head_range(num_kv_heads, self.rank, self.size))
+        mine = k.shape[1] // self.size
         parts = came.split([q.shape[1] // self.size, mine, mine], dim=2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in parts)
         return q, k, v
