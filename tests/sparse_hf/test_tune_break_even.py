@@ -19,6 +19,7 @@ from sparse_hf import break_even as lookup
 from sparse_hf.bench.contenders import Call, SparseHF
 from sparse_hf.bench.session import Session
 from sparse_hf.bench.testing import FakePeer
+from sparse_hf.bench.timing import Sample
 from sparse_hf.bench.workload import Shape, make_inputs
 from sparse_hf.break_even import ALWAYS_DENSE, break_even
 from sparse_hf.cli.app import build_app
@@ -33,7 +34,7 @@ from sparse_hf.tune.break_even import (
     tune_break_even,
     write_break_even_table,
 )
-from sparse_hf.tune.ratios import HOST_COUNTS_BELOW_MS, InLayer, Job, layer_products, time_ratios
+from sparse_hf.tune.ratios import HOST_COUNTS_BELOW_MS, InLayer, Job, _paired, layer_products, time_ratios
 from sparse_hf_kernels import AttentionLayout
 
 CPU = torch.device("cpu")
@@ -165,6 +166,12 @@ def test_what_is_deployed_must_be_fast_just_after_it_begins(monkeypatch: pytest.
     dense_first = replace(TINY, window_size=300)
     (never_slow,), _, _ = run(by_length({128: 1.0}), replace(options, methods=(dense_first,)))
     assert never_slow.tokens == 0 and never_slow.worst[1] == 0.9
+
+
+def test_ratios_are_those_of_a_round() -> None:
+    """A clock that sinks between rounds changes nothing; a single slow call does not count."""
+    assert _paired(Sample((9.0, 18.0, 18.0)), Sample((10.0, 20.0, 20.0))) == 0.9
+    assert _paired(Sample((2.0, 2.2, 8.0)), Sample((2.0, 2.0, 2.0))) == pytest.approx(1.1)
 
 
 def test_what_seems_too_slow_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
