@@ -31,7 +31,7 @@ def start(config: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, limit: float = 150) -> None:
+def finish(process: subprocess.Popen[bytes], log: Path, limit: float = 400) -> None:
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -40,7 +40,7 @@ def finish(process: subprocess.Popen[bytes], log: Path, limit: float = 150) -> N
     assert code == 0, log.read_text()[-3000:]
 
 
-def wait_until(process: subprocess.Popen[bytes], reached: Callable[[], bool], limit: float = 100) -> None:
+def wait_until(process: subprocess.Popen[bytes], reached: Callable[[], bool], limit: float = 300) -> None:
     end = time.monotonic() + limit
     while not reached():
         assert process.poll() is None and time.monotonic() < end, "the run ended before it could be killed"

@@ -21,7 +21,7 @@ TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def launch(*arguments: str, limit: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
     """Runs scripts/train.py in two processes; a deadlock ends in a failure, with no process left behind."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(

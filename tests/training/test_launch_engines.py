@@ -30,7 +30,7 @@ ZERO3 = f"trainer.deepspeed={ROOT}/configs/deepspeed/zero3.json"
 FSDP = ["trainer.fsdp=true", "trainer.fsdp_config={version: 2, state_dict_type: SHARDED_STATE_DICT}"]
 
 
-def launch(launcher: list[str], *arguments: str, limit: float = 150) -> subprocess.CompletedProcess[str]:
+def launch(launcher: list[str], *arguments: str, limit: float = 400) -> subprocess.CompletedProcess[str]:
     """Runs scripts/train.py in two processes; a deadlock ends in a failure, with no process left behind."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(

@@ -44,7 +44,7 @@ def launch(*paths: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=400,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return process.stderr

@@ -40,7 +40,7 @@ WORKERS = Path(__file__).parent / "workers"
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(processes: int, program: str, *arguments: str, limit: float = 240) -> str:
+def launch(processes: int, program: str, *arguments: str, limit: float = 400) -> str:
     """Standard output of a worker program; a deadlock ends in a failure, with no process left behind."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     process = subprocess.Popen(
