@@ -247,12 +247,16 @@ class _Search:
         return self.start, self.start + 1, self.start * 3 // 2, 2 * self.start
 
     @property
-    def slow(self) -> list[int]:
-        """Lengths beyond its start at which what is deployed takes too long."""
+    def suspect(self) -> list[int]:
+        """Lengths beyond its start at which what is deployed seems to take too long."""
         if self.tokens is None:
             return []
-        limits = {length: DEPLOYED_LIMIT * max(1.0, self.own_dense.get(length, 1.0)) for length in self.deployed}
-        return [length for length, ratio in self.deployed.items() if length > self.start and ratio > limits[length]]
+        return [length for length, ratio in self.deployed.items() if length > self.start and ratio > DEPLOYED_LIMIT]
+
+    @property
+    def slow(self) -> list[int]:
+        """Those of them at which it does, where our dense attention is no slower than the peers'."""
+        return [n for n in self.suspect if self.deployed[n] > DEPLOYED_LIMIT * max(1.0, self.own_dense.get(n, 1.0))]
 
     def settle(self, lengths: Sequence[int]) -> bool:
         """Whether what is deployed is fast enough; else it starts at the next length."""
@@ -318,7 +322,7 @@ def _deploy(searches: Sequence[_Search], options: BreakEvenOptions, session: Ses
     while unsettled:
         _probe(unsettled, lambda search: search.probes(options.lengths), options, session, progress)
         # Clocks sink under load: what seems too slow is measured again, and the better time counts.
-        _probe([search for search in unsettled if not search.failed], lambda s: s.slow, options, session, progress)
+        _probe([search for search in unsettled if not search.failed], lambda s: s.suspect, options, session, progress)
         unsettled = [search for search in unsettled if not search.failed and not search.settle(options.lengths)]
 
 
@@ -338,7 +342,8 @@ def _probe(
         jobs[OWN_DENSE] = (Dense(), 0)
         found = time_ratios(session, options.shape(length), jobs, in_layer=True)
         for search in here:
-            search.own_dense[length] = max(search.own_dense.get(length, 0.0), found.get(OWN_DENSE, 1.0))
+            # Of ours the better time counts too: a slow call of it must not widen the limit.
+            search.own_dense[length] = min(search.own_dense.get(length, math.inf), found.get(OWN_DENSE, 1.0))
             earlier = search.deployed.get(length, math.inf)
             search.note(search.deployed, length, found)
             search.deployed[length] = min(search.deployed.get(length, math.inf), earlier)

@@ -44,6 +44,10 @@ def test_masks_are_learned_judged_and_exported(run_values: Values, tmp_path: Pat
     assert loss["value"] != loss["baseline"] and kv["value"] < kv["baseline"]
     judged = [row["step"] for row in result.history if "eval_recall/needle" in row]
     assert judged == [2, 4]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "run.json", "history.json", "data.json", "mask_history.png"} <= left
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert report == json.loads(json.dumps(result.data.report.to_dict())) and report["sources"]
 
 
 def test_judging_in_between_changes_no_gate(run_values: Values, tmp_path: Path) -> None:

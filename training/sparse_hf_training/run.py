@@ -145,6 +145,7 @@ def run_training(
     console.print(f"engine: {trainer.engine}", highlight=False)
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
+    from_main_process(lambda: data.report.write(output / DATA_REPORT_NAME))
     for line in data.report.lines():
         console.print(line, highlight=False, markup=False)
     throughput = observe_training(trainer, config, output)
@@ -315,6 +316,7 @@ def _finish(
         )
         write_figures(output / FIGURES_NAME, figures, command=command)
         replace_json(output / HISTORY_NAME, history)
+        data.report.write(output / DATA_REPORT_NAME)  # again: streams are counted as they are read
         draw_mask_history(output)
     trainer.accelerator.wait_for_everyone()
     return RunResult(

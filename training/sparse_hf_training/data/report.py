@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_hf.figures import replace_json
 from sparse_hf_training.data.packing import PackingReport
 
 
@@ -86,6 +85,4 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Writes JSON; the file is whole or the old one."""
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_json(path, self.to_dict())
