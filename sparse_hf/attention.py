@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_hf.attention_at_once import attend_at_once, check_length, split_groups
+from sparse_hf.attend import attend
+from sparse_hf.attention_at_once import attend_at_once, check_length
 from sparse_hf.cache import PendingKV
-from sparse_hf.dynamic import LayerHeads, dynamic_attention, dynamic_mixed_attention
+from sparse_hf.cached_attention import attend_cached, decode_at_once
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.head_exchange import layer_share, whole_row
 from sparse_hf.layer_state import LayerState, get_layer_state
-from sparse_hf.methods import Method
-from sparse_hf_kernels import AttentionLayout, TokenPositions, mixed_attention, sparse_attention
 
 if TYPE_CHECKING:
-    from sparse_hf.call_record import BranchRecord, CallRecord
+    from sparse_hf.call_record import CallRecord
 
 ATTENTION_NAME = "sparse_hf"
 
@@ -52,9 +50,13 @@ def sparse_attention_forward(
     state = _checked_state(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = None
+    if isinstance(key, PendingKV) and query.shape[2] == 1:
+        token = decode_at_once(state, query, key, attention_mask, scale)
+        if token is not None:
+            return token, None
     if state.exchange is not None:
         out = _dispatch_exchanged(state, query, key, value, attention_mask, position_ids, scale)
-    elif not torch.compiler.is_compiling():
+    elif isinstance(key, Tensor) and isinstance(value, Tensor) and not torch.compiler.is_compiling():
         out = attend_at_once(state, query, key, value, attention_mask, position_ids, scale)
     if out is None:
         run = _dispatch_recorded if state.recorders else _dispatch
@@ -76,13 +78,13 @@ def _dispatch(
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
         check_length(plan, state)
-        return _attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
+        return attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
     assert isinstance(value, Tensor)
     plan = _checked_plan(attention_mask, query, key)
     check_length(plan, state)
     # Under autocast the rotary product leaves q and k in fp32, while v has autocast's dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return _attend(state, query, key, value, plan, position_ids, scale, records)
+    return attend(state, query, key, value, plan, position_ids, scale, records)
 
 
 def _dispatch_exchanged(
@@ -108,7 +110,7 @@ def _dispatch_exchanged(
     query, key = query.to(value.dtype), key.to(value.dtype)
     share = layer_share(state, query.shape[1])
     query, key, value = exchange.to_heads(query, key, value, share.order)
-    return exchange.to_sequence(_attend(share, query, key, value, plan, position_ids, scale, ()), share.order)
+    return exchange.to_sequence(attend(share, query, key, value, plan, position_ids, scale, ()), share.order)
 
 
 # Records hold what graphs cannot.
@@ -130,116 +132,6 @@ def _dispatch_recorded(
     for recorder, record in zip(recorders, records, strict=True):
         recorder.add(record)
     return out
-
-
-def _branch(records: Sequence[CallRecord], name: str) -> list[BranchRecord]:
-    return [record.branches[name] for record in records]
-
-
-def _attend(
-    state: LayerState,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: ForwardPlan,
-    position_ids: Tensor | None,
-    scale: float,
-    records: Sequence[CallRecord],
-) -> Tensor:
-    gate = state.current_gate()
-    for record in records:
-        record.open(gate, query, key.shape[2])
-    if state.selects(gate):
-        return _attend_dynamic(state, gate, query, key, value, plan, position_ids, scale, records)
-    positions = plan.positions(position_ids)
-    for record in records:
-        assert isinstance(positions, TokenPositions), "nothing is traced while it is recorded"
-        branches = {"deployed": state.layout} if gate is None else {"full": state.full, "sparse": state.sparse}
-        for name, layout in branches.items():
-            record.branches[name].attended(layout, positions, len(query))
-    if gate is None:
-        return sparse_attention(query, key, value, state.layout, positions=positions, scale=scale)
-    return mixed_attention(
-        query,
-        key,
-        value,
-        gate,
-        state.full,
-        state.sparse,
-        positions=positions,
-        scale=scale,
-        skip_saturated=state.skip_saturated,
-    )
-
-
-# Nothing here can be traced, least of all that positions are looked at.
-@torch.compiler.disable
-def _attend_dynamic(
-    state: LayerState,
-    gate: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: ForwardPlan,
-    position_ids: Tensor | None,
-    scale: float,
-    records: Sequence[CallRecord],
-) -> Tensor:
-    known = plan.known
-    if "positions" not in known:
-        known["positions"] = plan.compute_positions(position_ids)
-    call: dict[str, Any] = {"positions": known["positions"], "scale": scale, "known": known}
-    if gate is None:
-        heads = _layer_heads(state, state.layout, state.methods)
-        return dynamic_attention(query, key, value, heads, records=_branch(records, "deployed"), **call)
-    full = _layer_heads(state, state.full, state.full_methods)
-    sparse = _layer_heads(state, state.sparse, state.sparse_methods)
-    told = _branch(records, "full"), _branch(records, "sparse")
-    call |= {"skip_saturated": state.skip_saturated, "records": told}
-    return dynamic_mixed_attention(query, key, value, gate, full, sparse, **call)
-
-
-def _layer_heads(state: LayerState, layout: AttentionLayout, methods: Sequence[Method]) -> LayerHeads:
-    heads = LayerHeads.of(layout, methods)
-    return heads if state.numbers is None else replace(heads, numbers=state.numbers)
-
-
-def _attend_cached(
-    state: LayerState,
-    query: Tensor,
-    pending: PendingKV,
-    plan: ForwardPlan,
-    position_ids: Tensor | None,
-    scale: float,
-    records: Sequence[CallRecord],
-) -> Tensor:
-    if state.current_gate() is not None:
-        raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
-    if pending.layer.layout != state.layout:
-        raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
-    for record in records:
-        record.open(None, query, pending.layer.num_tokens + query.shape[2], by_position=True)
-    told = _branch(records, "deployed")
-    split_groups(pending.layer)
-    groups = pending.store(plan, position_ids)
-    batch, _, q_len, head_dim = query.shape
-    grouped = query.reshape(batch, state.layout.num_kv_heads, -1, q_len, head_dim)
-    out = torch.empty_like(grouped)
-    for group, positions in groups:
-        inputs = grouped.index_select(1, group.index).flatten(1, 2), group.keys, group.values
-        layout = state.layout.select(group.heads)
-        if layout.selects:
-            heads = LayerHeads.of(state.layout, state.methods).select(group.heads)
-            # Dynamic heads keep every key: their groups have the same positions in all layers.
-            known = plan.known
-            attended = dynamic_attention(*inputs, heads, positions=positions, scale=scale, known=known, records=told)
-        else:
-            for branch in told:
-                branch.attended(layout, positions, batch, group.heads)
-            attended = sparse_attention(*inputs, layout, positions=positions, scale=scale)
-        out.index_copy_(1, group.index, attended.unflatten(1, (len(group.heads), -1)))
-    pending.release()
-    return out.flatten(1, 2)
 
 
 def _checked_state(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> LayerState:

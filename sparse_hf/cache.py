@@ -1,7 +1,8 @@
 """`SparseCache`: full heads keep every key, sparse heads keep their sinks and window and free the rest.
 
-KV heads that keep the same keys form a group with tensors of its own length, so the memory of evicted keys is really
-returned. Each stored key carries its position, so padding and eviction need no further bookkeeping.
+All heads of a layer lie in one storage (`sparse_hf_kernels.kv_cache`): full heads in slots that grow in steps, sparse
+heads in rings. Only real tokens are stored, so that the number of a row's tokens says what each slot holds; padding
+needs no further bookkeeping.
 
 transformers' attention modules call `update` and pass what it returns to the attention function. The layers here return
 a `PendingKV`: the new keys, not yet stored, since only the attention function learns their positions.
@@ -9,6 +10,7 @@ a `PendingKV`: the new keys, not yet stored, since only the attention function l
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,49 +21,24 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_hf.forward_plan import ForwardPlan
-from sparse_hf_kernels import UNBOUNDED, AttentionLayout, HeadPattern, TokenPositions
+from sparse_hf.retention import cache_plan
+from sparse_hf_kernels import UNBOUNDED, AttentionLayout, TokenPositions
+from sparse_hf_kernels.capture import is_capturing
+from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
+from sparse_hf_kernels.kv_cache import (
+    KVDtype,
+    KVStorage,
+    StorageGroup,
+    kernels_refuse,
+    slot_positions,
+    store_tokens,
+)
 
+GROWTH = 128
+"""A full head that has no room for new tokens is copied to where it has room for 1/GROWTH more than it needs: little
+memory is spare, and copying costs each token what reading two tokens of its GROWTH predecessors does."""
 
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """Which keys a group of heads must keep: sinks and the last `recent`, or all when `recent` is None."""
-
-    recent: int | None = None
-    num_sink_tokens: int = 0
-
-    @property
-    def capacity(self) -> int:
-        return UNBOUNDED if self.recent is None else self.recent + self.num_sink_tokens
-
-    def kept_tokens(self, seq_len: int, num_dense_rows: int = 0) -> int:
-        """Keys held per head after `seq_len` tokens; while a dense row may come, all of them."""
-        return seq_len if seq_len < num_dense_rows else min(seq_len, self.capacity)
-
-
-def retention_groups(layout: AttentionLayout, per_head: bool = True) -> list[tuple[Retention, tuple[int, ...]]]:
-    """The layout's KV heads, grouped by what their cache must keep; `per_head=False` keeps everything for all."""
-    groups: dict[Retention, list[int]] = {}
-    for pattern, heads in layout.groups:
-        window = min(_reach(pattern), layout.max_distance)
-        if not per_head or window == UNBOUNDED:
-            retention = Retention()
-        else:
-            # The next query reads itself and window - 1 earlier keys.
-            retention = Retention(recent=window - 1, num_sink_tokens=pattern.num_sink_tokens)
-            if retention.capacity >= layout.max_distance - 1:
-                # The model's own window holds no more than that, and sinks before it are out of reach.
-                retention = Retention(recent=layout.max_distance - 1)
-        groups.setdefault(retention, []).extend(heads)
-    return [(retention, tuple(sorted(heads))) for retention, heads in groups.items()]
-
-
-def _reach(pattern: HeadPattern) -> int:
-    """Keys at this distance or more are not read, sinks apart."""
-    if pattern.num_last_tokens:
-        return UNBOUNDED  # the next query is a last row
-    if pattern.blocks is not None:
-        return pattern.blocks.reach or UNBOUNDED
-    return pattern.window
+MIN_GROWTH = 64
 
 
 @lru_cache(maxsize=1024)
@@ -71,71 +48,31 @@ def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(heads, device=device)
 
 
-@dataclass(kw_only=True, eq=False)
-class HeadGroup:
-    """Stored keys and values of some KV heads: `[batch, heads, length, head_dim]`, positions `[batch, length]`.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachedGroup:
+    """What some KV heads of a layer attend to.
 
-    `first` is the position of the first key, the others following it, in all rows alike; None where that does not hold.
-    `index` holds `heads` on the device: a list would be copied there, and waited for, at every use.
+    Args:
+        heads: their numbers; `index` holds them on the device.
+        layout: of these heads, for queries and keys at `positions`.
+        keys, values: `[batch, heads, kv_len, head_dim]`, earlier tokens and new ones.
     """
 
-    retention: Retention
     heads: tuple[int, ...]
     index: Tensor
+    layout: AttentionLayout
     keys: Tensor
     values: Tensor
-    positions: Tensor
-    first: int | None = 0
-
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Takes the new tokens of all KV heads `[batch, num_kv_heads, new, head_dim]` and stores this group's."""
-        if len(self.heads) < keys.shape[1]:
-            keys, values = keys.index_select(1, self.index), values.index_select(1, self.index)
-        self.keys = torch.cat([self.keys, keys], 2)
-        self.values = torch.cat([self.values, values], 2)
-        self.positions = torch.cat([self.positions, positions], 1)
-
-    def token_positions(self, q_positions: Tensor, seen: int) -> TokenPositions:
-        """Of queries at `q_positions [batch, q_len]` and the stored keys; `seen` slots came before the queries."""
-        if self.first is None:
-            return TokenPositions(q_positions=q_positions, k_positions=self.positions)
-        q_len, kv_len = q_positions.shape[1], self.positions.shape[1]
-        return TokenPositions.causal(q_len, kv_len, q_positions.device, q_offset=seen, k_offset=self.first)
-
-    def evict(self, lengths: Tensor) -> None:
-        """Frees what no query at a position >= `lengths [batch]` can read."""
-        capacity = self.retention.capacity
-        if self.retention.recent is None or self.keys.shape[2] <= capacity:
-            return
-        recent = self.positions >= (lengths - self.retention.recent)[:, None]
-        keep = (self.positions >= 0) & (recent | (self.positions < self.retention.num_sink_tokens))
-        # Kept slots first, in order. Rows that keep fewer fill up with slots that are marked empty.
-        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :capacity]
-        self.positions = self.positions.gather(1, order).masked_fill(~keep.gather(1, order), -1)
-        if self.first is not None:
-            self.first = None if self.retention.num_sink_tokens else self.first + self.keys.shape[2] - capacity
-        index = order[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        self.keys = self.keys.gather(2, index)
-        self.values = self.values.gather(2, index)
-
-    def apply(self, change: Any) -> None:
-        """Replaces the three tensors by `change(tensor)`."""
-        self.keys, self.values, self.positions = change(self.keys), change(self.values), change(self.positions)
+    positions: TokenPositions
 
 
 class PendingKV:
     """New keys and values on their way from a cache layer to the sparse attention function."""
 
+    __slots__ = ("keys", "layer", "values")
+
     def __init__(self, layer: SparseCacheLayer, keys: Tensor, values: Tensor) -> None:
         self.layer, self.keys, self.values = layer, keys, values
-
-    def store(self, plan: ForwardPlan, position_ids: Tensor | None) -> list[tuple[HeadGroup, TokenPositions]]:
-        """Appends the new tokens; returns the groups to attend to, and where queries and keys stand."""
-        return self.layer.store(self.keys, self.values, plan, position_ids)
-
-    def release(self) -> None:
-        """Frees what later queries cannot read. Call it once the attention is done."""
-        self.layer.release()
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -145,93 +82,323 @@ class PendingKV:
 
 
 class SparseCacheLayer(CacheLayerMixin):
-    """One layer's groups of heads."""
+    """One layer's keys and values.
+
+    Args:
+        layout: what its heads read.
+        per_head: sparse heads free what they cannot read any more.
+        max_length: tokens that the layer has room for from the start, and no more; None lets it grow.
+        kv_dtype: how keys and values are stored; None as they come.
+        scratch: of decode launches by device, shared by the layers of a cache.
+    """
 
     is_sliding = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, layout: AttentionLayout, per_head: bool = True) -> None:
+    def __init__(
+        self,
+        layout: AttentionLayout,
+        per_head: bool = True,
+        *,
+        max_length: int | None = None,
+        kv_dtype: KVDtype | None = None,
+        scratch: dict[torch.device, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.layout = layout
-        self.retentions = retention_groups(layout, per_head)
-        self.num_dense_rows = layout.num_dense_rows
-        self.past_dense_rows = not layout.num_dense_rows
-        self.num_tokens = 0
-        self.lengths: Tensor | None = None  # real tokens seen, [batch]
-        self.groups: list[HeadGroup] = []
+        self.plan = cache_plan(layout, per_head)
+        self.max_length, self.kv_dtype = max_length, kv_dtype
+        self.expected_tokens = 0
+        self.storage: KVStorage | None = None
+        self._scratch: dict[torch.device, Any] = {} if scratch is None else scratch
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_initialized, self.storage = False, None
+        self._served: tuple[KVStorage | None, str | None, bool] = (None, None, False)
+        self._num_tokens = 0
+        # Every slot that came holds a token; "unknown" after steps whose padding nobody looked at.
+        self._is_plain: bool | None = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Slots that queries came in, padding included.
+
+        Raises:
+            ValueError: while a CUDA graph is captured, for a cache of a fixed length, whose count is on the device.
+        """
+        if self.max_length is None or self.storage is None:
+            return self._num_tokens
+        if is_capturing():
+            raise ValueError("chunks of several tokens cannot be captured in a CUDA graph with a SparseCache; "
+                             "capture decode steps of one token")  # fmt: skip
+        return int(self.storage.state[0])
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row: int32 `[batch]`."""
+        return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, _, head_dim = key_states.shape
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=key_states.device)
-        self.groups = [
-            HeadGroup(
-                retention=retention,
-                heads=heads,
-                index=head_index(heads, key_states.device),
-                keys=key_states.new_empty(batch, len(heads), 0, head_dim),
-                values=value_states.new_empty(batch, len(heads), 0, value_states.shape[-1]),
-                positions=torch.empty(batch, 0, dtype=torch.long, device=key_states.device),
-            )
-            for retention, heads in self.retentions
-        ]
+        self.storage = KVStorage(
+            self.plan.first or self.plan.storage,
+            batch=batch,
+            head_dim=head_dim,
+            value_dim=value_states.shape[-1],
+            dtype=value_states.dtype,
+            device=key_states.device,
+            capacity=self.max_length or self.expected_tokens,
+            kv_dtype=self.kv_dtype,
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype.
-        key_states = key_states.to(value_states.dtype)
+        if key_states.dtype != value_states.dtype:
+            # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype.
+            key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         pending = PendingKV(self, key_states, value_states)
         return pending, pending
 
-    def store(
-        self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None
-    ) -> list[tuple[HeadGroup, TokenPositions]]:
-        assert self.lengths is not None
-        positions = plan.new_tokens(position_ids, self.lengths)
-        plain = plan.is_plain(position_ids)
+    def decodes(self, query: Tensor) -> bool:
+        """Whether `decode` serves this query, one new token of each row."""
+        storage = self.storage
+        assert storage is not None
+        if not self.plan.decodes or query.dtype != storage.dtype:
+            return False
+        forced = os.environ.get(BACKEND_VARIABLE)
+        if self._served[:2] != (storage, forced):
+            self._served = storage, forced, kernels_refuse(storage, query.device) is None
+        return self._served[2]
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor, plan: ForwardPlan, scale: float) -> Tensor:
+        """Attends one new token of each row and stores it; waits for nothing.
+
+        Args:
+            query: `[batch, num_heads, 1, head_dim]`.
+            keys, values: `[batch, num_kv_heads, 1, head_dim]`.
+
+        Returns:
+            `[batch, 1, num_heads, head_dim]`.
+        """
+        from sparse_hf_kernels.kv_cache.launch import decode_fused  # needs Triton
+
+        storage = self.storage
+        assert storage is not None
+        valid = plan.newest_valid(len(keys), keys.device)
+        if self.max_length is None:
+            self._make_room(self._num_tokens + 1)
+        work = self._scratch.get(query.device)
+        out, self._scratch[query.device] = decode_fused(query, keys, values, storage, work, scale, valid)
+        self._num_tokens += 1
+        if valid is not None:
+            self._is_plain = None
+        # Of a fixed length nothing moves: what sparse heads may drop is left where it is.
+        if storage.layout is self.plan.first and self.max_length is None:
+            self._part(plan, self._num_tokens)
+        return out
+
+    def store(self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None) -> None:
+        """Stores the new tokens of all KV heads, `[batch, num_kv_heads, new, head_dim]`.
+
+        Raises:
+            ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
+        """
+        seen, storage = self.num_tokens, self.storage
+        assert storage is not None
+        plain = self._look(plan, position_ids)
+        positions = None if plain else self._new_positions(plan, position_ids)
+        self._make_room(seen + keys.shape[2])
+        store_tokens(storage, keys, values, **({"seen": seen} if positions is None else {"positions": positions}))
+        self._num_tokens = seen + keys.shape[2]
+        if storage.layout is self.plan.first:
+            self._part(plan, self._num_tokens)
+
+    def extend(
+        self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None, by_position: bool = False
+    ) -> list[CachedGroup]:
+        """Stores the new tokens and returns what they attend to, group by group.
+
+        Args:
+            by_position: positions are true ones. Otherwise those of heads with sinks may leave out the gap behind the
+                sinks, so that they have a closed form.
+        """
+        assert self.storage is not None
+        seen, storage = self.num_tokens, self.storage
+        plain = self._look(plan, position_ids)
+        new = None if plain else self._new_positions(plan, position_ids)
+        whole = storage.layout is self.plan.first
+        rings: dict[StorageGroup, CachedGroup] = {}
+        for group, layout in zip(storage.layout.groups, self._parts(), strict=True):
+            if group.ring is not None:
+                kept = self._ring_kept(group, seen, new, keys.shape[2], by_position)
+                rings[group] = self._with_new(group, layout, *kept, keys, values)
+        self.store(keys, values, plan, position_ids)
         found = []
-        for group in self.groups:
-            group.append(keys, values, positions)
-            group.first = group.first if plain else None
-            found.append((group, group.token_positions(positions, self.num_tokens)))
-        self.lengths = self.lengths + (positions >= 0).sum(-1)
-        self.num_tokens += keys.shape[2]
+        for group, layout in zip(storage.layout.groups, self._parts(whole), strict=True):
+            if group in rings:
+                found.append(rings[group])
+            else:
+                found.append(self._linear(storage, group, layout, seen, seen + keys.shape[2], new))
         return found
 
-    def release(self) -> None:
-        assert self.lengths is not None
-        # Until every row is past its dense rows, a query may still read all keys. No row has more tokens than slots, so
-        # the device is asked only from there on, until the shortest row is past them.
-        if not self.past_dense_rows:
-            if self.num_tokens < self.num_dense_rows or int(self.lengths.min()) < self.num_dense_rows:
-                return
-            self.past_dense_rows = True
-        for group in self.groups:
-            group.evict(self.lengths)
+    def _parts(self, whole: bool | None = None) -> tuple[AttentionLayout, ...]:
+        """The layouts of the storage's groups; a layer that keeps all keys for now is one group."""
+        assert self.storage is not None
+        is_whole = self.storage.layout is self.plan.first if whole is None else whole
+        return (self.layout,) if is_whole else self.plan.parts
 
-    def get_seq_length(self) -> int:
-        return self.num_tokens
+    def _ring_kept(
+        self, group: StorageGroup, seen: int, new: Tensor | None, num_new: int, by_position: bool
+    ) -> tuple[list[Tensor], list[Tensor], TokenPositions]:
+        """Keys and values of a ring before new tokens push some out, and positions with those."""
+        assert group.ring is not None and self.storage is not None
+        recent, sinks = group.ring
+        device = self.storage.keys.device
+        kept = min(seen, recent + sinks)
+        if new is not None:
+            old = slot_positions(group.ring, kept, self.storage.lengths)
+            positions = TokenPositions(q_positions=new, k_positions=torch.cat([old, new], 1))
+            return *self.storage.read(group, (0, kept)), positions
+        if kept == seen or not sinks:
+            positions = TokenPositions.causal(num_new, kept + num_new, device, q_offset=seen, k_offset=seen - kept)
+        elif by_position or self.layout.max_distance < UNBOUNDED:
+            behind = torch.arange(seen - recent, seen + num_new, device=device)
+            k_positions = torch.cat([torch.arange(sinks, device=device), behind])
+            positions = TokenPositions(q_positions=behind[None, recent:], k_positions=k_positions[None])
+        else:
+            # Sinks are read from any distance and still stand before `num_sink_tokens`: the gap behind them is nothing
+            # to a pattern, and without it the positions are a run.
+            positions = TokenPositions.causal(num_new, kept + num_new, device)
+        oldest = sinks + (seen - sinks) % max(recent, 1)
+        turned = seen > recent + sinks and oldest > sinks
+        spans = [(0, sinks), (oldest, kept), (sinks, oldest)] if turned else [(0, kept)]
+        return *self.storage.read(group, *spans), positions
+
+    def _with_new(
+        self,
+        group: StorageGroup,
+        layout: AttentionLayout,
+        old_keys: list[Tensor],
+        old_values: list[Tensor],
+        positions: TokenPositions,
+        keys: Tensor,
+        values: Tensor,
+    ) -> CachedGroup:
+        index = head_index(group.heads, keys.device)
+        if len(group.heads) < keys.shape[1]:
+            keys, values = keys.index_select(1, index), values.index_select(1, index)
+        return CachedGroup(
+            heads=group.heads,
+            index=index,
+            # Heads part once no later query is a dense row.
+            layout=layout.without_dense_rows,
+            keys=torch.cat([*old_keys, keys], 2),
+            values=torch.cat([*old_values, values], 2),
+            positions=positions,
+        )
+
+    def _linear(
+        self, storage: KVStorage, group: StorageGroup, layout: AttentionLayout, seen: int, end: int, new: Tensor | None
+    ) -> CachedGroup:
+        """Of heads that keep every key, once the new ones are stored in slots up to `end`."""
+        (keys,), (values,) = storage.read(group, (0, end))
+        if new is None:
+            positions = TokenPositions.causal(end - seen, end, keys.device, q_offset=seen)
+        else:
+            stored = slot_positions(None, end, storage.lengths)
+            positions = TokenPositions(q_positions=new, k_positions=stored)
+        index = head_index(group.heads, keys.device)
+        return CachedGroup(heads=group.heads, index=index, layout=layout, keys=keys, values=values, positions=positions)
+
+    def _look(self, plan: ForwardPlan, position_ids: Tensor | None) -> bool:
+        """Whether all slots so far and the new ones hold tokens of one sequence a row."""
+        if "cache_is_plain" not in plan.known:
+            past = self._is_plain
+            if plan.padding_mask is not None:
+                past = True  # the mask tells of all tokens
+            elif past is None:
+                assert self.storage is not None
+                past = bool((self.storage.lengths == self.storage.state[0]).all())
+            plan.known["cache_is_plain"] = plan.is_plain(position_ids) and past
+        self._is_plain = plan.known["cache_is_plain"]
+        return plan.known["cache_is_plain"]
+
+    def _new_positions(self, plan: ForwardPlan, position_ids: Tensor | None) -> Tensor:
+        """Positions `[batch, new]` of the new tokens, -1 for padding: the same in all layers."""
+        assert self.storage is not None
+        device = self.storage.keys.device
+        key = "new_positions", device
+        if key not in plan.known:
+            lengths = self.storage.lengths.to(plan.device, torch.int64)
+            plan.known[key] = plan.new_tokens(position_ids, lengths).to(device)
+        return plan.known[key]
+
+    def _make_room(self, num_tokens: int) -> None:
+        storage = self.storage
+        assert storage is not None
+        if num_tokens <= storage.capacity:
+            return
+        if self.max_length is not None:
+            raise ValueError(
+                f"the cache was made for {self.max_length} tokens and would hold {num_tokens}; "
+                "give SparseCache.for_model a larger max_length, or none so that it grows"
+            )
+        spare = max(MIN_GROWTH, num_tokens // GROWTH) if storage.capacity else 0
+        storage.grow(max(num_tokens + spare, self.expected_tokens))
+
+    def _part(self, plan: ForwardPlan, num_tokens: int) -> None:
+        """Gives heads their own storage once no later query is a dense row, which would read every key."""
+        storage, num_dense = self.storage, self.layout.num_dense_rows
+        assert storage is not None
+        # No row has more tokens than slots, so the device is asked only from there on; layers share the answer.
+        if num_tokens < num_dense:
+            return
+        if "fewest_tokens" not in plan.known:
+            plan.known["fewest_tokens"] = num_tokens if self._is_plain else int(storage.lengths.min())
+        if plan.known["fewest_tokens"] < num_dense:
+            return
+        (group,) = storage.layout.groups
+        (keys,), (values,) = storage.read(group, (0, num_tokens))
+        parted = KVStorage(
+            self.plan.storage,
+            batch=storage.batch,
+            head_dim=keys.shape[-1],
+            value_dim=values.shape[-1],
+            dtype=storage.dtype,
+            device=keys.device,
+            capacity=storage.capacity,
+            kv_dtype=storage.kv_dtype,
+        )
+        store_tokens(parted, keys, values, positions=slot_positions(None, num_tokens, storage.lengths))
+        parted.state.copy_(storage.state)
+        self.storage = parted
+
+    def get_seq_length(self) -> Any:
+        if self.max_length is None or self.storage is None:
+            return self._num_tokens
+        return self.storage.state[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.num_tokens + query_length, 0
+        if self.max_length is None or self.storage is None:
+            return self._num_tokens + query_length, 0
+        return self.max_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.max_length is None else self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("a SparseCache cannot be rolled back: evicted keys are gone; generate without an assistant")
 
     def reset(self) -> None:
-        self.is_initialized, self.num_tokens, self.lengths, self.groups = False, 0, None, []
-        self.past_dense_rows = not self.num_dense_rows
+        self._forget()
 
     def _apply(self, change: Any) -> None:
-        if self.lengths is not None:
-            self.lengths = change(self.lengths)
-            for group in self.groups:
-                group.apply(change)
+        if self.storage is not None:
+            self.storage.apply(change)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -243,9 +410,12 @@ class SparseCacheLayer(CacheLayerMixin):
         self._apply(lambda x: x[indices.to(x.device)])
 
     def kv_bytes(self) -> int:
-        """Bytes of the stored keys and values, from the tensors' storage."""
-        tensors = [tensor for group in self.groups for tensor in (group.keys, group.values)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        """Bytes of the slots that hold keys and values."""
+        return 0 if self.storage is None else self.storage.held_bytes(self.num_tokens)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors' storage: what is held, and the room that full heads have for more."""
+        return 0 if self.storage is None else self.storage.allocated_bytes()
 
 
 class SparseCache(Cache):
@@ -255,22 +425,53 @@ class SparseCache(Cache):
     chunked prefill and beam search work; rolling back (assisted decoding) is refused.
     """
 
-    def __init__(self, layouts: list[AttentionLayout], per_head: bool = True) -> None:
-        self._sparse_layers = [SparseCacheLayer(layout, per_head) for layout in layouts]
+    def __init__(
+        self,
+        layouts: list[AttentionLayout],
+        per_head: bool = True,
+        *,
+        max_length: int | None = None,
+        kv_dtype: KVDtype | None = None,
+    ) -> None:
+        if max_length is not None and max_length <= 0:
+            raise ValueError(f"max_length must be positive, got {max_length}")
+        scratch: dict[torch.device, Any] = {}
+        self._sparse_layers = [
+            SparseCacheLayer(layout, per_head, max_length=max_length, kv_dtype=kv_dtype, scratch=scratch)
+            for layout in layouts
+        ]
         super().__init__(layers=list(self._sparse_layers))
 
     @classmethod
-    def for_model(cls, model: Any) -> SparseCache:
+    def for_model(cls, model: Any, *, max_length: int | None = None, kv_dtype: KVDtype | None = None) -> SparseCache:
         """An empty cache that fits a sparsified model.
 
+        Args:
+            model: a sparsified model.
+            max_length: tokens of the longest sequence, padding included. All memory is then taken at the first token,
+                nothing moves any more, and decode steps can be captured in a CUDA graph. By default the cache grows.
+            kv_dtype: "int8" or "fp8" stores keys and values in 8 bits, with one scale for each token of each head.
+
         Raises:
-            ValueError: if the model is not sparsified.
+            ValueError: if the model is not sparsified, or for an unknown `kv_dtype`.
         """
         from sparse_hf.patching import get_handle
 
+        if kv_dtype not in (None, "int8", "fp8"):
+            raise ValueError(f'kv_dtype must be "int8", "fp8" or None, got {kv_dtype!r}')
         handle = get_handle(model)
-        return cls([state.layout for state in handle.states], per_head=handle.config.cache_policy == "per_head")
+        per_head = handle.config.cache_policy == "per_head"
+        return cls([state.layout for state in handle.states], per_head, max_length=max_length, kv_dtype=kv_dtype)
+
+    def expect(self, num_tokens: int) -> None:
+        """Room for so many tokens is made at once, when the first of them come or when there is no room left."""
+        for layer in self._sparse_layers:
+            layer.expected_tokens = num_tokens
 
     def kv_bytes(self) -> int:
-        """Bytes that keys and values hold now, over all layers; measured, not computed."""
+        """Bytes that hold keys and values now, over all layers."""
         return sum(layer.kv_bytes() for layer in self._sparse_layers)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors' storage: `kv_bytes()`, and the room that full heads have for more; measured."""
+        return sum(layer.allocated_bytes() for layer in self._sparse_layers)

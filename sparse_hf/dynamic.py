@@ -83,7 +83,7 @@ def dynamic_attention(
     *,
     positions: TokenPositions,
     scale: float,
-    known: MutableMapping[str, Any] | None = None,
+    known: MutableMapping[Any, Any] | None = None,
     records: Sequence[BranchRecord] = (),
 ) -> Tensor:
     """Sparse attention of a layer of which some heads choose by q and k; differentiable in q, k and v.
@@ -273,7 +273,7 @@ def dynamic_mixed_attention(
     positions: TokenPositions,
     scale: float,
     skip_saturated: bool = False,
-    known: MutableMapping[str, Any] | None = None,
+    known: MutableMapping[Any, Any] | None = None,
     records: tuple[Sequence[BranchRecord], Sequence[BranchRecord]] = ((), ()),
 ) -> Tensor:
     """`sparse_hf_kernels.mixed_attention` where a branch has dynamic heads.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_hf.cache import retention_groups
 from sparse_hf.methods import HeadPlace, Method
+from sparse_hf.retention import retention_groups
 from sparse_hf_kernels import AttentionLayout, HeadPattern
 from sparse_hf_kernels.counts import keys_below
 

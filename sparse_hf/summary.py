@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from sparse_hf.adapters import ModelShape
 from sparse_hf.break_even import described
-from sparse_hf.cache import retention_groups
 from sparse_hf.config import SparseConfig
 from sparse_hf.dynamic import without_selection
 from sparse_hf.head_masks import check_head_masks
 from sparse_hf.patching import get_handle, head_layout
+from sparse_hf.retention import retention_groups
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout
 
 if TYPE_CHECKING:

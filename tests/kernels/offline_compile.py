@@ -1,6 +1,6 @@
 """Compiles kernels for a GPU that is not there, and reads from the machine code what they would take of it.
 
-    python tests/kernels/offline_compile.py sm_90 [gluon triton scoring] [--head-dims 64 128] [--dtypes bfloat16]
+    python tests/kernels/offline_compile.py sm_90 [gluon triton scoring cache] [--head-dims 64 128] [--dtypes bfloat16]
 
 prints one line per configuration. Triton's bundled ptxas assembles, whatever TRITON_PTXAS_PATH says.
 """
@@ -30,7 +30,7 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Cases compiled one after the other: a family (gluon, triton or scoring) on one architecture."""
+    """Cases compiled one after the other: a family (gluon, triton, scoring or cache) on one architecture."""
 
     family: str
     arch: int
@@ -150,6 +150,7 @@ def reports(group: Group) -> Iterator[Report]:
 
 
 def _cases(group: Group) -> Iterator[Any]:
+    import compile_cases_cache
     import compile_cases_gluon
     import compile_cases_mixed
     import compile_cases_scoring
@@ -164,6 +165,8 @@ def _cases(group: Group) -> Iterator[Any]:
         yield from compile_cases_triton.column_cases(group.arch, dims, dtypes)
         yield from compile_cases_gluon.delta_cases(group.arch, dims, dtypes)
         yield from compile_cases_mixed.cases(group.arch, dims, dtypes)
+    elif group.family == "cache":
+        yield from compile_cases_cache.cases(group.arch, dims, dtypes)
     else:
         yield from compile_cases_scoring.cases(group.arch, dims, dtypes)
 

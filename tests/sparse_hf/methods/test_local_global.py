@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_hf import HeadPlace, LocalGlobal
-from sparse_hf.cache import retention_groups
+from sparse_hf.retention import retention_groups
 from sparse_hf_kernels import AttentionLayout
 
 

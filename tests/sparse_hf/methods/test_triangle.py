@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from sparse_hf import LayerRule, SparseConfig, Triangle, TriShape
-from sparse_hf.cache import retention_groups
+from sparse_hf.retention import retention_groups
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout
 
 

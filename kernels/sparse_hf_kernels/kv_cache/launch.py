@@ -1,0 +1,218 @@
+"""Launching the kernels of the cache. A decode step is launched once per layer and token, hence as little as can be
+asked in each call: what depends on shapes alone is looked up, and the compiled kernel is called directly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparse_hf_kernels.kv_cache.decode_kernel import LARGEST_DISTANCE, _decode_kernel
+from sparse_hf_kernels.kv_cache.layout import head_table
+from sparse_hf_kernels.kv_cache.storage import QUANTIZED, KVDtype, KVStorage
+from sparse_hf_kernels.kv_cache.store_kernel import _store_kernel
+
+LOG2E = 1.4426950408889634
+TOKENS_PER_PROGRAM = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How a decode step is cut up.
+
+    Args:
+        block: slots that a program visits at once.
+        num_warps, num_stages: of the launch; stages of loads in flight.
+        programs: per multiprocessor.
+        min_share: blocks that a program takes at least, so that short contexts need no merge.
+        merged_bytes: of the parts that are merged at once.
+    """
+
+    block: int
+    num_warps: int = 4
+    num_stages: int = 3
+    programs: int = 1
+    min_share: int = 1
+    merged_bytes: int = 32768
+
+
+def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
+    """By the bytes of a key: so much that loads in flight fill the bandwidth, in shared memory for two programs."""
+    row = triton.next_power_of_2(head_dim) * itemsize
+    return DecodeConfig(block=max(16, min(128, 128 * 256 // row)))
+
+
+@lru_cache
+def num_programs(device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a decode launch; off the GPU, where only the interpreter runs, a few."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
+
+
+@lru_cache(maxsize=1)
+def only_device() -> bool:
+    """There is at most one GPU, so that it is the current one."""
+    return torch.cuda.device_count() <= 1
+
+
+class Workspace:
+    """Scratch of decode launches on one device, for all layers of a cache: they run one after the other."""
+
+    def __init__(self, device: torch.device, rows: int, group: int, head_dim: int, programs: int) -> None:
+        self.parts = torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(programs, 2, 2, group, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+
+    def fits(self, rows: int, group: int, head_dim: int, programs: int) -> bool:
+        return self.counters.shape[0] == rows + 1 and self.parts.shape == (programs, 2, group, head_dim)
+
+
+def quantized_options(kv_dtype: KVDtype | None) -> dict[str, Any]:
+    """Constants that both kernels need to write tokens."""
+    largest = 1.0 if kv_dtype is None else QUANTIZED[kv_dtype][1]
+    return {"QUANTIZED": kv_dtype is not None, "ROUNDS": kv_dtype == "int8", "LARGEST": largest}
+
+
+def decode_options(
+    num_heads: int, num_kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, storage: KVStorage, valid: bool
+) -> dict[str, Any]:
+    """Constants and launch options of `_decode_kernel`."""
+    config = decode_config(head_dim, storage.keys.element_size())
+    group = num_heads // num_kv_heads
+    return {
+        "KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "BG": max(16, triton.next_power_of_2(group)),
+        "D": head_dim,
+        "BD": max(16, triton.next_power_of_2(head_dim)),
+        "BN": config.block,
+        "ROWS": triton.next_power_of_2(batch * num_kv_heads),
+        "MIN_SHARE": config.min_share,
+        "MERGED": max(1, config.merged_bytes // (4 * triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))),
+        "BM": triton.next_power_of_2(group),
+        "HAS_VALID": valid,
+        **quantized_options(storage.kv_dtype),
+        "STAGES": config.num_stages,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def decode_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    storage: KVStorage,
+    work: Workspace,
+    scale: float,
+    valid: Tensor | None,
+) -> tuple[Any, ...]:
+    """Of `_decode_kernel`, up to its constants."""
+    layout = storage.layout
+    return (
+        q, k, v, storage.keys, storage.values, storage.k_scales, storage.v_scales, out,
+        storage.state, storage.state if valid is None else valid, head_table(layout, q.device),
+        work.parts, work.stats, work.counters,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        storage.capacity, layout.ring_slots, layout.num_linear, q.shape[0] * k.shape[1],
+        layout.num_dense_rows, min(layout.max_distance, LARGEST_DISTANCE.value), scale * LOG2E,
+    )  # fmt: skip
+
+
+class BoundLaunch:
+    """A decode launch on a storage whose tensors stay where they are: only the new token's tensors differ per call.
+
+    Triton's own launch looks at every argument again, which takes longer than the kernel. What it would look at is
+    compared here: strides, and whether pointers are multiples of 16.
+
+    Args:
+        kernel: as it was compiled for a first call with these strides.
+        arguments: all of that call's, constants included.
+        grid: of the launch.
+        work: keeps the scratch that arguments point to.
+    """
+
+    def __init__(self, kernel: Any, arguments: tuple[Any, ...], grid: tuple[int, int, int], work: Workspace) -> None:
+        self.run = kernel[grid]
+        self.work = work
+        self.head = tuple(_pointer(x) for x in arguments[3:7])
+        self.middle = arguments[8].data_ptr()
+        self.tail = tuple(_pointer(x) for x in arguments[10:])
+
+    def __call__(self, q: int, k: int, v: int, out: int, valid: int | None) -> None:
+        state = self.middle
+        self.run(q, k, v, *self.head, out, state, state if valid is None else valid, *self.tail)
+
+
+def _pointer(x: Any) -> Any:
+    return x.data_ptr() if isinstance(x, Tensor) else x
+
+
+def decode_fused(
+    q: Tensor, k: Tensor, v: Tensor, storage: KVStorage, work: Workspace | None, scale: float, valid: Tensor | None
+) -> tuple[Tensor, Workspace]:
+    """`decode_attention` by the kernel, which must not refuse the storage."""
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    batch, num_heads, _, head_dim = q.shape
+    out = torch.empty(batch, 1, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    has_valid, aligned = valid is not None, (pointers[0] | pointers[1] | pointers[2]) % 16
+    key = num_heads, q.stride(), k.stride(), v.stride(), scale, has_valid, aligned
+    here = only_device() or q.device.index == torch.cuda.current_device()
+    bound = storage.launches.get(key)
+    if bound is not None and here:
+        bound(*pointers, None if valid is None else valid.data_ptr())
+        return out, bound.work
+    num_kv_heads = k.shape[1]
+    programs = num_programs(q.device, decode_config(head_dim, storage.keys.element_size()).programs)
+    shape = batch * num_kv_heads, num_heads // num_kv_heads, head_dim, programs
+    if work is None or not work.fits(*shape):
+        work = Workspace(q.device, *shape)
+    arguments = decode_arguments(q, k, v, out, storage, work, scale, valid)
+    options = decode_options(num_heads, num_kv_heads, head_dim, batch, q.dtype, storage, has_valid)
+    with torch.cuda.device_of(q):
+        kernel = _decode_kernel[(programs,)](*arguments, **options)
+    if kernel is not None:  # as Triton's interpreter has none
+        constants = tuple(options[name] for name in _decode_kernel.arg_names[len(arguments) :])
+        storage.launches[key] = BoundLaunch(kernel, (*arguments, *constants), (programs, 1, 1), work)
+    return out, work
+
+
+def store_arguments(
+    k: Tensor, v: Tensor, storage: KVStorage, positions: Tensor | None, lengths: Tensor | None, seen: int
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and options of `_store_kernel`."""
+    batch, num_kv_heads, num_new, head_dim = k.shape
+    layout = storage.layout
+    arguments = (
+        k, v, storage.keys, storage.values, storage.k_scales, storage.v_scales,
+        storage.state if positions is None else positions, storage.state if lengths is None else lengths,
+        head_table(layout, k.device), *k.stride()[:3], *v.stride()[:3],
+        num_new, seen, storage.capacity, layout.ring_slots, layout.num_linear,
+    )  # fmt: skip
+    options = {
+        "D": head_dim,
+        "BD": max(16, triton.next_power_of_2(head_dim)),
+        "BT": TOKENS_PER_PROGRAM,
+        "HAS_POSITIONS": positions is not None,
+        **quantized_options(storage.kv_dtype),
+        "num_warps": 4,
+    }
+    return (triton.cdiv(num_new, TOKENS_PER_PROGRAM), num_kv_heads, batch), arguments, options
+
+
+def store_triton(
+    k: Tensor, v: Tensor, storage: KVStorage, positions: Tensor | None, lengths: Tensor | None, seen: int
+) -> None:
+    """See `store_tokens`."""
+    grid, arguments, options = store_arguments(k, v, storage, positions, lengths, seen)
+    with torch.cuda.device_of(k):
+        _store_kernel[grid](*arguments, **options)

@@ -1,0 +1,150 @@
+"""`KVStorage`: the keys and values of one layer in two tensors, whatever their heads keep."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_hf_kernels.kv_cache.layout import StorageGroup, StorageLayout
+
+KVDtype = Literal["int8", "fp8"]
+QUANTIZED: dict[KVDtype, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, 127.0),
+    "fp8": (torch.float8_e4m3fn, 448.0),
+}
+"""Stored type and its largest value; one fp32 scale goes with each token of each head, for keys and for values."""
+
+
+class KVStorage:
+    """Keys and values `[batch, row_slots, head_dim]` of a layer's KV heads.
+
+    Args:
+        layout: how each head keeps its tokens.
+        batch: rows.
+        head_dim, value_dim: of keys and of values.
+        dtype: of the keys and values that come and go.
+        device: of the tensors.
+        capacity: tokens that linear heads have room for.
+        kv_dtype: how they are stored; None as they come.
+
+    Attributes:
+        state: int32 `[1 + batch]`: slots that queries came in, padding included, then the tokens of each row. On the
+            device, so that captured graphs go on counting.
+        launches: of decode steps, bound to where the tensors lie; to be cleared when they move.
+    """
+
+    def __init__(
+        self,
+        layout: StorageLayout,
+        *,
+        batch: int,
+        head_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int,
+        kv_dtype: KVDtype | None = None,
+    ) -> None:
+        self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
+        stored = dtype if kv_dtype is None else QUANTIZED[kv_dtype][0]
+        slots = layout.row_slots(capacity)
+        self.keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
+        self.values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
+        scales = (batch, slots) if kv_dtype is not None else (0, 0)
+        self.k_scales = torch.empty(scales, dtype=torch.float32, device=device)
+        self.v_scales = torch.empty(scales, dtype=torch.float32, device=device)
+        self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+        self.launches: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors lie elsewhere.
+        return {**vars(self), "launches": {}}
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row: int32 `[batch]`."""
+        return self.state[1:]
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values and their scales; dimension 0 is the batch, 1 the slots."""
+        return self.keys, self.values, self.k_scales, self.v_scales
+
+    def apply(self, change: object) -> None:
+        """Replaces every tensor by `change(tensor)`, which takes rows of the batch; the state's first entry stays."""
+        assert callable(change)
+        lengths = change(self.lengths)
+        self.state = torch.cat([self.state[:1], lengths])
+        self.launches.clear()
+        quantized = self.kv_dtype is not None
+        self.keys, self.values = change(self.keys), change(self.values)
+        if quantized:
+            self.k_scales, self.v_scales = change(self.k_scales), change(self.v_scales)
+
+    def grow(self, capacity: int) -> None:
+        """Gives linear heads room for `capacity` tokens; what is stored is copied, one tensor at a time."""
+        if capacity <= self.capacity:
+            return
+        old, rings, linear = self.capacity, self.layout.ring_slots, self.layout.num_linear
+
+        def grown(x: Tensor) -> Tensor:
+            if not len(x):
+                return x
+            new = x.new_empty(x.shape[0], self.layout.row_slots(capacity), *x.shape[2:])
+            new[:, :rings].copy_(x[:, :rings])
+            tail = (linear, -1)
+            new[:, rings:].unflatten(1, tail)[:, :, :old].copy_(x[:, rings:].unflatten(1, tail))
+            return new
+
+        self.launches.clear()
+        if linear:
+            self.keys, self.values = grown(self.keys), grown(self.values)
+            self.k_scales, self.v_scales = grown(self.k_scales), grown(self.v_scales)
+        self.capacity = capacity
+
+    def view(self, x: Tensor, group: StorageGroup) -> Tensor:
+        """One of `tensors()` as the group's `[batch, heads, slots, ...]`."""
+        slots = group.slots(self.capacity)
+        part = x[:, group.first_slot : group.first_slot + len(group.heads) * slots]
+        return part.unflatten(1, (len(group.heads), slots))
+
+    def read(self, group: StorageGroup, *spans: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's keys and values `[batch, heads, span, head_dim]` in these spans of slots, as they came.
+
+        Views, unless what is stored is quantized.
+        """
+        keys, values, k_scales, v_scales = self.tensors()
+        found: tuple[list[Tensor], list[Tensor]] = [], []
+        for into, x, scales in zip(found, (keys, values), (k_scales, v_scales), strict=True):
+            whole = self.view(x, group)
+            for begin, end in spans:
+                part = whole[:, :, begin:end]
+                if self.kv_dtype is not None:
+                    part = (part.float() * self.view(scales, group)[:, :, begin:end, None]).to(self.dtype)
+                into.append(part)
+        return found
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the tensors' storage, spare room included."""
+        return sum(x.untyped_storage().nbytes() for x in self.tensors())
+
+    def held_bytes(self, num_tokens: int) -> int:
+        """Bytes of the slots that are filled once a row has `num_tokens` tokens."""
+        per_slot = sum(x[0, 0].numel() * x.element_size() for x in self.tensors() if x.numel())
+        filled = sum(len(group.heads) * min(num_tokens, group.slots(num_tokens)) for group in self.layout.groups)
+        return self.batch * filled * per_slot
+
+
+def quantize(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
+    """x `[..., head_dim]` as stored, and its scales `[...]`."""
+    stored, largest = QUANTIZED[kv_dtype]
+    x = x.float()
+    scales = x.abs().amax(-1) / largest
+    # A token of zeros keeps scale 0 and reads as zeros.
+    scaled = x / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return (scaled.round() if stored == torch.int8 else scaled).clamp(-largest, largest).to(stored), scales
