@@ -85,7 +85,8 @@ def answer(
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     set_seed(seed)
     streamer = _ClockedStreamer(tokenizer, on_text)
-    output: Any = model.generate(
+    run: Any = model.generate
+    output = run(
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         max_new_tokens=max_new_tokens,
         streamer=streamer,
@@ -107,8 +108,9 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values that a cache holds: a `SparseCache`, or one of transformers' own."""
     if isinstance(cache, SparseCache):
         return cache.kv_bytes()
-    layers: list[Any] = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+    layers: list[Any] = list(cache.layers)
+    tensors = (x for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
+    return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 def _check_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -21,6 +21,7 @@ from sparse_hf.cli.generate import generate
 from sparse_hf.cli.import_ import import_
 from sparse_hf.cli.inspect import inspect
 from sparse_hf.cli.methods import methods
+from sparse_hf.cli.serve import serve
 from sparse_hf.cli.tune import tune
 from sparse_hf.hub import one_line
 
@@ -35,6 +36,7 @@ _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "methods": (methods, "sparse-hf methods --json"),
     "env": (env, "sparse-hf env --json"),
     "generate": (generate, "sparse-hf generate meta-llama/Llama-3.1-8B-Instruct --sparse user/masks 'Who are you?'"),
+    "serve": (serve, "sparse-hf serve meta-llama/Llama-3.1-8B-Instruct --sparse user/masks --port 8000"),
 }
 
 _GROUPS = {"bench": bench, "calibrate": calibrate, "tune": tune}
@@ -64,7 +66,7 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
         app.command(
             name,
             epilog=f"Example:\n\n{escape(example)}",
-            no_args_is_help=name in ("inspect", "export", "import", "generate"),
+            no_args_is_help=name not in ("methods", "env"),
         )(function)
     for name, group in _GROUPS.items():
         app.add_typer(group, name=name)
