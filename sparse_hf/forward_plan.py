@@ -57,6 +57,21 @@ class ForwardPlan:
         self.known: dict[str, Any] = {}  # what layers share that cannot be traced
         self._positions: TokenPositions | TracedPositions | None = None
         self._look: tuple[Tensor | None, bool] | None = None
+        self._elsewhere: dict[torch.device, ForwardPlan] = {}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ForwardPlan:
+        """The plan for layers on a device, one for all of them. accelerate asks where a model spreads over several."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            offset, padding = (
+                x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
+                for x in (self.q_offset, self.padding_mask)
+            )
+            lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "kv_offset": self.kv_offset}
+            self._elsewhere[device] = ForwardPlan(**lengths, q_offset=offset, padding_mask=padding, device=device)
+        return self._elsewhere[device]
 
     def positions(self, position_ids: Tensor | None) -> TokenPositions | TracedPositions:
         """Positions when the attention gets all keys in one tensor (no cache, or one of transformers' own)."""
