@@ -65,12 +65,15 @@ class ForwardPlan:
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            offset, padding = (
-                x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
-                for x in (self.q_offset, self.padding_mask)
+            offset, padding = self.q_offset, self.padding_mask
+            self._elsewhere[device] = ForwardPlan(
+                q_len=self.q_len,
+                kv_len=self.kv_len,
+                q_offset=offset.to(device, non_blocking=non_blocking) if isinstance(offset, Tensor) else offset,
+                kv_offset=self.kv_offset,
+                padding_mask=None if padding is None else padding.to(device, non_blocking=non_blocking),
+                device=device,
             )
-            lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "kv_offset": self.kv_offset}
-            self._elsewhere[device] = ForwardPlan(**lengths, q_offset=offset, padding_mask=padding, device=device)
         return self._elsewhere[device]
 
     def positions(self, position_ids: Tensor | None) -> TokenPositions | TracedPositions:
