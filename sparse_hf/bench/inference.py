@@ -68,17 +68,20 @@ def measure_first_token(run: Run, where: Where) -> list[Figure]:
 
 
 def _memory_figures(run: Run, where: Where, probes: Mapping[str, Probe]) -> list[Figure]:
-    dense = next((probe.result for label, probe in probes.items() if label.startswith(BEST)), None)
+    """Of the sparse models, and of the stock one whatever its SDPA."""
+    dense = next((probe for label, probe in probes.items() if label.startswith(BEST)), None)
+    counted = {label: probe for label, probe in probes.items() if not label.startswith(BEST)}
+    total = None if dense is None else dense.result
     found = []
-    for label, probe in probes.items():
+    for label, probe in (counted if dense is None else {BEST: dense, **counted}).items():
         held = probe.result
-        found.append(run.figure(HELD, where, label, held, "bytes", lower_is_better=True, baseline=dense))
+        found.append(run.figure(HELD, where, label, held, "bytes", lower_is_better=True, baseline=total))
         if probe.peak_bytes is not None:
             asked = bounds(run.options.bound(MEMORY, label, where), True)
             found.append(run.figure(MEMORY, where, label, (probe.peak_bytes - held) / 1e9, "GB", **asked))
-        if dense is not None and not label.startswith(BEST):
+        if total is not None and label != BEST:
             asked = bounds(run.options.bound(KV_SHARE, label, where), True)
-            found.append(run.figure(KV_SHARE, where, label, held / dense, "share", **asked))
+            found.append(run.figure(KV_SHARE, where, label, held / total, "share", **asked))
     return found
 
 

@@ -31,10 +31,15 @@ def measure_graph_decode(run: Run, where: Where) -> list[Figure]:
     if session.device.type != "cuda":
         session.miss(CASE, described(where), "CUDA graphs need a CUDA device")
         return []
-    dense = prefix_cache(run.models.stock, num_tokens, batch)
+    stock, shared = run.models.stock, list[Cache]()
+
+    def dense_step(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], object]:
+        if not shared:  # here, where a cache that does not fit is absent and ends nothing
+            shared.append(prefix_cache(stock, num_tokens, batch))
+        return captured_step(stock, shared[0], where, context)
+
     makers: dict[str, Call] = {
-        label: partial(captured_step, run.models.stock, dense, where, context)
-        for label, context in dense_contexts(session.device).items()
+        label: partial(dense_step, context) for label, context in dense_contexts(session.device).items()
     }
     makers |= {label: partial(_sparse_step, model, where) for label, model in run.chosen(CASE, where).items()}
     calls = {label: probe.result for label, probe in run.probe(CASE, where, makers).items()}
