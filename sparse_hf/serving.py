@@ -41,10 +41,13 @@ def serve(
     with loading_sparse(made_sparse):
         server: Any = Serve(force_model=model, host=host, port=port, non_blocking=True, **options)
     # In a thread of its own uvicorn leaves signals alone.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.server.handle_exit)
-    server._thread.join()
-    server.kill_server()
+    before = {number: signal.signal(number, server.server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server._thread.join()
+        server.kill_server()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if not server.server.started:
         raise OSError(f"the server could not start on {host}:{port}; its log above says why")
 
@@ -72,7 +75,8 @@ def loading_sparse(made_sparse: Callable[[PreTrainedModel], PreTrainedModel]) ->
 def check_port(host: str, port: int) -> None:
     """Raises OSError if nothing can listen there."""
     try:
-        socket.create_server((host, port)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         cause = str(error.strerror).partition(" (")[0]
         raise OSError(f"cannot listen on {host}:{port} ({cause}); choose another --host or --port") from error

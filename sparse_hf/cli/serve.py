@@ -35,8 +35,10 @@ def serve(
     tokenizer: Any = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
     if tokenizer.chat_template is None:
         typer.echo("warning: the tokenizer has no chat template; /v1/completions works, chat requests fail", err=True)
+    name = source.base if source.revision == "main" else f"{source.base}@{source.revision}"
+    typer.echo(f"serving {name}, which is how requests name it, on http://{host}:{port}/v1", err=True)
     run_server(
-        source.base if source.revision == "main" else f"{source.base}@{source.revision}",
+        name,
         source.apply,
         host=host,
         port=port,

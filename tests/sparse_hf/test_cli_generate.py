@@ -125,7 +125,10 @@ def test_times_are_those_of_tokens(demo_model: Path, monkeypatch: pytest.MonkeyP
         (["MODEL", " ", "--sparse", "streaming"], "the prompt is empty; give it as the second argument"),
         (["MODEL", "Hi", "--prompt-file", "x", "--sparse", "streaming"], "give one of them"),
         (["MODEL", "--prompt-file", "missing.txt", "--sparse", "streaming"], "missing.txt"),
-        (["MODEL", "Hi", "--sparse", "streamin"], "streamin"),
+        (
+            ["MODEL", "Hi", "--sparse", "no preset"],
+            "'no preset' is neither a preset, a folder here, a file, nor a Hub id",
+        ),
         (["MODEL", "Hi", "--sparse", "streaming", "--device", "nowhere"], "`sparse-hf env` shows devices"),
         (["./nowhere", "Hi", "--sparse", "streaming"], "is no folder here and cannot be a Hub id"),
     ],
@@ -137,7 +140,6 @@ def test_errors_are_one_line(
     args: list[str],
     words: str,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["sparse-hf", "generate", *(str(demo_model) if a == "MODEL" else a for a in args)])
     with pytest.raises(SystemExit) as stopped:
         main()
