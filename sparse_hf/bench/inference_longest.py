@@ -28,7 +28,7 @@ def measure_longest(run: Run, where: Where) -> list[Figure]:
         session.miss(CASE, "all", "without a GPU --memory-gib must say how much memory there is")
         return []
     stock = run.models.stock
-    resident = _activations(stock, run)
+    resident = _activations(stock, run)  # takes its place in memory until all caches have grown
     weights = sum(x.numel() * x.element_size() for x in stock.parameters())
     limit = None if options.memory_gib is None else int(options.memory_gib * GIB) - weights - resident.numel()
     found: dict[str, int] = {}
