@@ -57,6 +57,24 @@ class ForwardPlan:
         self.known: dict[Any, Any] = {}  # what layers share that cannot be traced
         self._positions: TokenPositions | TracedPositions | None = None
         self._look: tuple[Tensor | None, bool] | None = None
+        self._elsewhere: dict[torch.device, ForwardPlan] = {}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> ForwardPlan:
+        """The plan for layers on a device, one for all of them. accelerate asks where a model spreads over several."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            offset, padding = self.q_offset, self.padding_mask
+            self._elsewhere[device] = ForwardPlan(
+                q_len=self.q_len,
+                kv_len=self.kv_len,
+                q_offset=offset.to(device, non_blocking=non_blocking) if isinstance(offset, Tensor) else offset,
+                kv_offset=self.kv_offset,
+                padding_mask=None if padding is None else padding.to(device, non_blocking=non_blocking),
+                device=device,
+            )
+        return self._elsewhere[device]
 
     def positions(self, position_ids: Tensor | None) -> TokenPositions | TracedPositions:
         """Positions when the attention gets all keys in one tensor (no cache, or one of transformers' own)."""

@@ -9,6 +9,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import random
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if mark in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of the 4M Llama that the demo ships."""
+    spec = find_spec("sparse_hf_training")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "demo" / "assets" / "llama-4m"
 
 
 @pytest.fixture(autouse=True)

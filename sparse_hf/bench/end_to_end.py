@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from sparse_hf.bench.end_to_end_model import planted_model, planted_prompt, sharing_weights
-from sparse_hf.bench.end_to_end_plan import EndToEndOptions
+from sparse_hf.bench.end_to_end_plan import EndToEndOptions, ModelOptions
 from sparse_hf.bench.runner import Benchmark, Step
 from sparse_hf.bench.session import Session
 from sparse_hf.bench.timing import Sample
@@ -61,7 +61,7 @@ class WallClock:
 class Models:
     """The stock model and its sparse copies, which share its weights; made when they are first asked for."""
 
-    def __init__(self, options: EndToEndOptions, device: torch.device) -> None:
+    def __init__(self, options: ModelOptions, device: torch.device) -> None:
         self.options, self.device = options, device
 
     @cached_property
@@ -79,7 +79,7 @@ class Models:
         make = {"prefill": _prefill, "cached prefill": _cached_prefill, "decode": _decode}[case]
         prompt = planted_prompt(self.options, num_tokens, self.device)
         dense = DENSE if self.device.type == "cuda" else {"dense": nullcontext}
-        calls = {name: _within(context, make(self.stock, prompt)) for name, context in dense.items()}
+        calls = {name: within(context, make(self.stock, prompt)) for name, context in dense.items()}
         return calls | {name: make(model, prompt) for name, model in self.sparse.items()}
 
 
@@ -132,11 +132,12 @@ def measure_end_to_end(session: Session, models: Models, case: str, num_tokens: 
     fastest = min(dense, key=lambda sample: sample.median)
     for label, sample in samples.items():
         if label not in DENSE:
-            figures += _figures(f"{case} over dense", num_tokens, label, _ratios(sample, fastest), "ratio", MUST)
+            figures += _figures(f"{case} over dense", num_tokens, label, ratios(sample, fastest), "ratio", MUST)
     return figures
 
 
-def _ratios(sample: Sample, other: Sample) -> list[float]:
+def ratios(sample: Sample, other: Sample) -> list[float]:
+    """Of the times in each round."""
     return [ours / theirs for ours, theirs in zip(sample.times_ms, other.times_ms, strict=True)]
 
 
@@ -152,7 +153,9 @@ def _figures(
     return found
 
 
-def _within(context: Callable[[], AbstractContextManager[Any]], call: Callable[[], object]) -> Callable[[], object]:
+def within(context: Callable[[], AbstractContextManager[Any]], call: Callable[[], object]) -> Callable[[], object]:
+    """The call in the context."""
+
     def run() -> object:
         with context():
             return call()
@@ -160,7 +163,7 @@ def _within(context: Callable[[], AbstractContextManager[Any]], call: Callable[[
     return run
 
 
-def _cache(model: PreTrainedModel) -> Cache:
+def new_cache(model: PreTrainedModel) -> Cache:
     """What `generate` would make."""
     return SparseCache.for_model(model) if is_sparsified(model) else DynamicCache(config=model.config)
 
@@ -176,7 +179,7 @@ def _prefill(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], objec
 def _cached_prefill(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object]:
     @torch.no_grad()
     def run() -> object:
-        return model(prompt, past_key_values=_cache(model), logits_to_keep=1).logits
+        return model(prompt, past_key_values=new_cache(model), logits_to_keep=1).logits
 
     return run
 
@@ -188,7 +191,7 @@ def _decode(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[], object
     @torch.no_grad()
     def run() -> object:
         if not state:
-            state["cache"] = _cache(model)
+            state["cache"] = new_cache(model)
             model(prompt, past_key_values=state["cache"], logits_to_keep=1)
         return model(prompt[:, -1:], past_key_values=state["cache"]).logits
 

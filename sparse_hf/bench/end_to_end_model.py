@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_hf.bench.end_to_end_plan import EndToEndOptions
+from sparse_hf.bench.end_to_end_plan import ModelOptions
 from sparse_hf.bench.planted import LOCAL_LOGIT, LOCAL_TOKENS, NUM_TOPICS, TOPIC_LOGIT
 from sparse_hf.bench.workload import BLOCK_SIZE
 
@@ -18,7 +18,7 @@ RESIDUAL_SCALE = 0.05
 """On what layers add to the residual stream, so that every layer sees about the embeddings."""
 
 
-def planted_model(options: EndToEndOptions, device: torch.device) -> LlamaForCausalLM:
+def planted_model(options: ModelOptions, device: torch.device) -> LlamaForCausalLM:
     """A model in evaluation mode with transformers' SDPA attention, made on the device.
 
     Attention of random weights is close to uniform, and a method that keeps 90% of it keeps nearly every block. Here
@@ -51,11 +51,12 @@ def planted_model(options: EndToEndOptions, device: torch.device) -> LlamaForCau
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=options.dtype, attn_implementation="sdpa").eval()
     model.requires_grad_(False)
+    model.generation_config.eos_token_id = None  # its texts shall not end early
     _plant(model, options)
     return model
 
 
-def _plant(model: LlamaForCausalLM, options: EndToEndOptions) -> None:
+def _plant(model: LlamaForCausalLM, options: ModelOptions) -> None:
     embedding = model.model.embed_tokens.weight
     generator = torch.Generator(embedding.device).manual_seed(0)
     # After the norm a feature of this size stays about as large, since it is one of many coordinates.
@@ -82,7 +83,7 @@ def _plant(model: LlamaForCausalLM, options: EndToEndOptions) -> None:
             projection.weight.mul_(RESIDUAL_SCALE)
 
 
-def planted_prompt(options: EndToEndOptions, num_tokens: int, device: torch.device) -> Tensor:
+def planted_prompt(options: ModelOptions, num_tokens: int, device: torch.device) -> Tensor:
     """Token ids `[1, num_tokens]`; each 128-block has one topic, at random."""
     generator = torch.Generator(device).manual_seed(num_tokens)
     last = options.vocab_size // NUM_TOPICS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,24 +11,26 @@ import torch
 
 from sparse_hf.bench.plan import K, RunOptions, require_known, require_positive
 from sparse_hf.config import AUTO, SparseConfig
-from sparse_hf.methods import Streaming, Triangle, XAttention
+from sparse_hf.methods import Dense, Method, Streaming, Triangle, XAttention
 
 SPARSE_SHARE = 0.7
 """Of the KV heads, those that stream beside full ones."""
 
 
-def _streaming_heads(num_layers: int, num_kv_heads: int) -> SparseConfig:
-    """A random choice of heads streams, as a learned one would, the others are dense."""
+def streaming_heads(
+    num_layers: int, num_kv_heads: int, *, share: float = SPARSE_SHARE, full: Method | None = None
+) -> SparseConfig:
+    """A random choice of heads streams, as a learned one would; the others are dense, or as `full` says."""
     total = num_layers * num_kv_heads
-    full = torch.ones(total, dtype=torch.int64)
+    masks = torch.ones(total, dtype=torch.int64)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    full[order[: round(SPARSE_SHARE * total)]] = 0
-    rows = tuple(tuple(row) for row in full.view(num_layers, num_kv_heads).tolist())
-    return SparseConfig(sparse=Streaming(), head_masks=rows, min_seq_len=AUTO)
+    masks[order[: round(share * total)]] = 0
+    rows = tuple(tuple(row) for row in masks.view(num_layers, num_kv_heads).tolist())
+    return SparseConfig(full=full or Dense(), sparse=Streaming(), head_masks=rows, min_seq_len=AUTO)
 
 
 METHODS: Mapping[str, Callable[[int, int], SparseConfig]] = {
-    f"streaming {SPARSE_SHARE:.0%}": _streaming_heads,
+    f"streaming {SPARSE_SHARE:.0%}": streaming_heads,
     "triangle": lambda num_layers, num_kv_heads: SparseConfig(sparse=Triangle(), min_seq_len=AUTO),
     "xattention": lambda num_layers, num_kv_heads: SparseConfig(sparse=XAttention(), min_seq_len=AUTO),
 }
@@ -42,18 +45,14 @@ DECODE_LENGTHS = (2 * K,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndToEndOptions(RunOptions):
-    """What a user chooses of the end-to-end benchmark. The default model has the shape of Llama 3.1 8B.
+class ModelOptions(RunOptions):
+    """What a user chooses of any benchmark of a whole model. The default one has the shape of Llama 3.1 8B.
 
     Args:
-        cases: names of `CASES`; empty for all.
-        methods: names of `METHODS`; empty for all.
         num_layers, head_dim, hidden_size, intermediate_size, vocab_size: of the model.
         dtype: of its weights.
     """
 
-    cases: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
     num_layers: int = 32
     head_dim: int = 128
     hidden_size: int = 4096
@@ -62,9 +61,34 @@ class EndToEndOptions(RunOptions):
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
+        require_positive((self.num_layers, self.head_dim, self.hidden_size, self.intermediate_size, self.vocab_size))
+        super().__post_init__()
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with room for what is decoded."""
+
+    @abstractmethod
+    def configs(self) -> dict[str, SparseConfig]:
+        """How the model is made sparse, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndOptions(ModelOptions):
+    """What a user chooses of the end-to-end benchmark.
+
+    Args:
+        cases: names of `CASES`; empty for all.
+        methods: names of `METHODS`; empty for all.
+    """
+
+    cases: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
         require_known("cases", self.cases, CASES)
         require_known("methods", self.methods, tuple(METHODS))
-        require_positive((self.num_layers, self.head_dim, self.hidden_size, self.intermediate_size, self.vocab_size))
         super().__post_init__()
 
     @property
@@ -82,15 +106,18 @@ class EndToEndOptions(RunOptions):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, with room for what is decoded."""
         return max(length for _, length in self.steps()) + K
 
     def command(self) -> str:
-        quoted = (("cases", self.cases), ("methods", self.methods))
-        lists = [(name, tuple(f'"{value}"' if " " in value else value for value in values)) for name, values in quoted]
         return self._command(
             "end-to-end",
-            *lists,
+            ("cases", quoted(self.cases)),
+            ("methods", quoted(self.methods)),
             ("seq-lens", self.seq_lens),
             ("layers", () if self.num_layers == 32 else (self.num_layers,)),
         )
+
+
+def quoted(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names as a shell takes them."""
+    return tuple(f'"{name}"' if " " in name else name for name in names)

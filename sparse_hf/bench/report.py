@@ -135,7 +135,7 @@ def plot_lengths(path: Path, measurements: Sequence[Measurement], head_dim: int)
         (direction, [m for m in measurements if m.case == f"dense-{direction}" and m.shape.head_dim == head_dim])
         for direction in ("forward", "backward")
     ]
-    return _plot(
+    return plot_panels(
         path,
         [(f"dense causal {direction}, head_dim {head_dim}", _lines(ms)) for direction, ms in panels if ms],
         x_label="tokens",
@@ -159,7 +159,7 @@ def plot_density(path: Path, measurements: Sequence[Measurement], head_dim: int)
                 if m.shape.seq_len == longest:
                     lines.setdefault(m.contender, []).append((m.density, m.tflops))
             panels.append((f"random 128-blocks {direction}, {longest} tokens, head_dim {head_dim}", lines))
-    return _plot(path, panels, x_label="share of causal pairs kept", log_base=10)
+    return plot_panels(path, panels, x_label="share of causal pairs kept", log_base=10)
 
 
 def plot_speedups(path: Path, measurements: Sequence[Measurement], baseline: str) -> Path | None:
@@ -178,7 +178,7 @@ def plot_speedups(path: Path, measurements: Sequence[Measurement], baseline: str
                 lines.setdefault(m.work, []).append((float(m.shape.seq_len), dense[m.shape] / m.ms))
         if lines:
             panels.append((f"{title}: speed-up over dense causal {baseline}", lines))
-    return _plot(path, panels, x_label="tokens", log_base=2, y_label="speed-up", y_log=True)
+    return plot_panels(path, panels, x_label="tokens", log_base=2, y_label="speed-up", y_log=True)
 
 
 def _lines(measurements: Sequence[Measurement]) -> dict[str, list[tuple[float, float]]]:
@@ -188,7 +188,7 @@ def _lines(measurements: Sequence[Measurement]) -> dict[str, list[tuple[float, f
     return lines
 
 
-def _plot(
+def plot_panels(
     path: Path,
     panels: Sequence[tuple[str, dict[str, list[tuple[float, float]]]]],
     *,
@@ -197,6 +197,11 @@ def _plot(
     y_label: str = "useful TFLOP/s",
     y_log: bool = False,
 ) -> Path | None:
+    """Lines of points side by side, a panel per (title, lines by name); None without panels.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     if not panels:
         return None
     require_matplotlib()

@@ -65,14 +65,16 @@ class CudaClock:
         return [start.elapsed_time(end) / self.calls for start, end in handles]
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], clock: Clock, *, budget_ms: float) -> dict[str, Sample]:
+def alternate(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, *, budget_ms: float, min_rounds: int = MIN_ROUNDS
+) -> dict[str, Sample]:
     """Times all calls in rounds, every other round backwards.
 
     Args:
         calls: by label; each has run before, so that nothing compiles here.
         clock: what measures.
-        budget_ms: time that a call may take on average; a round takes the time of all. At least `MIN_ROUNDS`, at most
-            `MAX_ROUNDS`.
+        budget_ms: time that a call may take on average; a round takes the time of all. At most `MAX_ROUNDS` rounds.
+        min_rounds: at least so many, whatever they take.
     """
     if not calls:
         return {}
@@ -80,7 +82,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], clock: Clock, *, budget
     handles = {label: [clock.record(label, calls[label])] for label in labels}
     estimate = sum(time for label in labels for time in clock.read(handles[label]))
     wanted = math.ceil(budget_ms * len(labels) / max(estimate, 1e-6))
-    for number in range(1, min(max(wanted, MIN_ROUNDS), MAX_ROUNDS)):
+    for number in range(1, min(max(wanted, min_rounds), MAX_ROUNDS)):
         for label in labels if number % 2 == 0 else reversed(labels):
             handles[label].append(clock.record(label, calls[label]))
     return {label: Sample(tuple(clock.read(handles[label]))) for label in labels}

@@ -17,9 +17,11 @@ from sparse_hf.cli.bench import bench
 from sparse_hf.cli.calibrate import calibrate
 from sparse_hf.cli.env import env
 from sparse_hf.cli.export import export
+from sparse_hf.cli.generate import generate
 from sparse_hf.cli.import_ import import_
 from sparse_hf.cli.inspect import inspect
 from sparse_hf.cli.methods import methods
+from sparse_hf.cli.serve import serve
 from sparse_hf.cli.tune import tune
 from sparse_hf.hub import one_line
 
@@ -33,6 +35,8 @@ _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "import": (import_, "sparse-hf import duo PATTERN_FOLDER --model meta-llama/Llama-3.1-8B --output my-masks"),
     "methods": (methods, "sparse-hf methods --json"),
     "env": (env, "sparse-hf env --json"),
+    "generate": (generate, "sparse-hf generate meta-llama/Llama-3.1-8B-Instruct --sparse user/masks 'Who are you?'"),
+    "serve": (serve, "sparse-hf serve meta-llama/Llama-3.1-8B-Instruct --sparse user/masks --port 8000"),
 }
 
 _GROUPS = {"bench": bench, "calibrate": calibrate, "tune": tune}
@@ -60,7 +64,9 @@ def build_app(args: Sequence[str] = ()) -> typer.Typer:
                 _add_entry(app, entry)
     for name, (function, example) in _EXAMPLES.items():
         app.command(
-            name, epilog=f"Example:\n\n{escape(example)}", no_args_is_help=name in ("inspect", "export", "import")
+            name,
+            epilog=f"Example:\n\n{escape(example)}",
+            no_args_is_help=name not in ("methods", "env"),
         )(function)
     for name, group in _GROUPS.items():
         app.add_typer(group, name=name)

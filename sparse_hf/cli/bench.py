@@ -140,6 +140,51 @@ def end_to_end(
     _run(end_to_end_benchmark(options), out, as_json)
 
 
+@bench.command(epilog='Example:\n\nsparse-hf bench inference --cases "first token,decode" --seq-lens 32768,131072')
+def inference(
+    cases: Annotated[
+        str,
+        typer.Option(
+            help="Of short prompt, first token, prefill, decode, graph decode, longest context, separated by commas; "
+            "all by default."
+        ),
+    ] = "",
+    variants: Annotated[
+        str,
+        typer.Option(
+            help="Of streaming 50%, streaming 70%, streaming 70% + xattention; by default those of each case."
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="At most 32768 tokens, batch 1, fewer rounds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for inference.json, inference.csv and a plot.")] = Path(
+        "docs/benchmarks"
+    ),
+    seq_lens: Annotated[
+        str, typer.Option(help="In place of 8192 to 131072, separated by commas; a short prompt has 2048.")
+    ] = "",
+    batches: Annotated[str, typer.Option(help="In place of 1 and 4, separated by commas.")] = "",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model, which has the shape of Llama 3.1 8B.")] = 32,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="For the longest context, in GiB; by default all of the GPU's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Time a long context through plain generate, with its memory: a random model, sparse beside dense."""
+    from sparse_hf.bench.inference import inference_benchmark
+    from sparse_hf.bench.inference_plan import InferenceOptions
+
+    options = InferenceOptions(
+        cases=names(cases),
+        variants=names(variants),
+        quick=quick,
+        seq_lens=numbers("--seq-lens", seq_lens),
+        batches=numbers("--batches", batches),
+        num_layers=layers,
+        memory_gib=memory_gib,
+    )
+    _run(inference_benchmark(options), out, as_json)
+
+
 def _run(benchmark: Benchmark, out: Path, as_json: bool) -> None:
     """Runs a benchmark on the GPU with progress, writes its files and shows its figures."""
     from sparse_hf.bench.report import summary_rows

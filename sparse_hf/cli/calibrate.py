@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from sparse_hf.cli.output import table, write, write_json
+from sparse_hf.cli.source import move
 from sparse_hf.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -175,7 +176,4 @@ def _load_model(common: Common) -> Any:
 
     device = common.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(common.model, dtype=common.dtype)
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the model cannot be put on {device!r}: {str(error).splitlines()[0]}") from error
+    return move(model, device)

@@ -17,6 +17,7 @@ from sparse_hf.artefact import load_artefact
 from sparse_hf.break_even import resolve_min_seq_len
 from sparse_hf.cli.inspect_method import inspect_method, names_method, read_method
 from sparse_hf.cli.output import find_artefact, write, write_json
+from sparse_hf.cli.source import check_artefact
 from sparse_hf.config import SparseConfig
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.plots import plot_head_masks
@@ -110,7 +111,7 @@ def inspect(
         from sparse_hf.cli.inspect_run import inspect_run
 
         if sparse is None:
-            _check_artefact(target)
+            check_artefact(target)
         inspect_run(
             target,
             sparse=sparse,
@@ -165,14 +166,8 @@ def _inspect_shapes(
     )
 
 
-def _check_artefact(target: str) -> None:
-    """Raises ValueError for a model's folder."""
-    if (Path(target) / "config.json").is_file() and not (Path(target) / "sparse_config.json").is_file():
-        raise ValueError(f"{target} is a model and no artefact; say how it shall be sparse with --sparse")
-
-
 def _from_artefact(target: str, revision: str | None) -> _Subject:
-    _check_artefact(target)
+    check_artefact(target)
     artefact = load_artefact(find_artefact(target, revision))
     return _Subject(
         base_model=artefact.base_model_name_or_path,

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from sparse_hf.artefact import Artefact, load_artefact
-from sparse_hf.auto import AutoSparseModelForCausalLM, has_weights
 from sparse_hf.calibrate.plots import plot_maps
 from sparse_hf.calibrate.text import CalibrationText, load_sequences
 from sparse_hf.capture import CaptureStats, LayerStats, capture
 from sparse_hf.cli.inspect import DEFAULT_SEQ_LEN
-from sparse_hf.cli.output import find_artefact, table, write, write_json
-from sparse_hf.config import SparseConfig
+from sparse_hf.cli.output import table, write, write_json
+from sparse_hf.cli.source import SparseSource
 from sparse_hf.patching import get_handle
 from sparse_hf.plots import require_matplotlib
-from sparse_hf.sparsify import resolve_spec, sparsify
 
 
 def inspect_run(
@@ -52,12 +48,12 @@ def inspect_run(
     """
     if plot is not None:
         require_matplotlib()  # before the weights are read, as the rest here
-    source = _source(target, sparse, revision)
+    source = SparseSource.find(target, sparse, revision)
     length = _length(AutoConfig.from_pretrained(source.base, revision=source.revision), seq_len)
     text = CalibrationText(path=data)
     tokenizer = AutoTokenizer.from_pretrained(source.base, revision=source.revision)
     ids = load_sequences(text, tokenizer, num_sequences=batch, seq_len=length)
-    model = _load(source, dtype)
+    model = source.load(dtype, "cuda" if torch.cuda.is_available() else "cpu")
     stats = run_once(model, ids)
     if plot is not None:
         plot_maps({f"density at {length} tokens": stats.density}, plot)
@@ -81,39 +77,6 @@ def run_once(model: PreTrainedModel, ids: Tensor) -> CaptureStats:
     with torch.inference_mode(), capture(model) as stats:
         model.eval().base_model(input_ids=ids.to(model.device), use_cache=False)
     return stats
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Where weights come from, and how they are made sparse; a folder alone says both."""
-
-    base: str
-    revision: str
-    folder: Path | None = None
-    config: SparseConfig | None = None
-    artefact: Artefact | None = None
-
-
-def _source(target: str, sparse: str | None, revision: str | None) -> _Source:
-    if sparse is not None:
-        config, artefact = resolve_spec(sparse)
-        return _Source(base=target, revision=revision or "main", config=config, artefact=artefact)
-    folder = find_artefact(target, revision)
-    base = str(folder) if has_weights(str(folder)) else load_artefact(folder).base_model_name_or_path
-    return _Source(base=base, revision="main", folder=folder)
-
-
-def _load(source: _Source, dtype: str) -> PreTrainedModel:
-    """The sparse model, on the GPU where there is one."""
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    if source.config is None:
-        assert source.folder is not None
-        return AutoSparseModelForCausalLM.from_pretrained(source.folder, dtype=dtype).to(device)
-    model = AutoModelForCausalLM.from_pretrained(source.base, revision=source.revision, dtype=dtype).to(device)
-    if source.artefact is None:
-        return sparsify(model, source.config)
-    assert source.artefact.folder is not None
-    return sparsify(model, source.artefact.folder)
 
 
 def _length(config: PretrainedConfig, seq_len: int | None) -> int:

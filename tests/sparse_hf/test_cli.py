@@ -56,7 +56,7 @@ def invoke(*args: str | Path, code: int = 0) -> Result:
     return result
 
 
-@pytest.mark.parametrize("command", ["inspect", "export", "import", "methods", "env"])
+@pytest.mark.parametrize("command", ["inspect", "export", "import", "methods", "env", "generate", "serve"])
 def test_help_has_an_example(command: str) -> None:
     text = invoke(command, "--help").output
     assert f"sparse-hf {command}" in text.split("Example:")[1]
