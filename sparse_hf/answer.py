@@ -22,7 +22,7 @@ class Answer:
         prompt_tokens, new_tokens: counts.
         seconds_to_first_token: from the call of `generate` on.
         tokens_per_second: of the tokens after the first one; None if there are none.
-        kv_bytes: keys and values that the cache held at the end, measured.
+        kv_bytes: of memory that the cache took at the end, measured.
     """
 
     text: str
@@ -105,9 +105,9 @@ def answer(
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that a cache holds: a `SparseCache`, or one of transformers' own."""
+    """Bytes of memory that a cache takes: a `SparseCache`, spare room included, or one of transformers' own."""
     if isinstance(cache, SparseCache):
-        return cache.kv_bytes()
+        return cache.allocated_bytes()
     layers: list[Any] = list(cache.layers)
     tensors = (x for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
     return sum(x.untyped_storage().nbytes() for x in tensors)

@@ -11,6 +11,7 @@ a `PendingKV`: the new keys, not yet stored, since only the attention function l
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,11 +42,24 @@ memory is spare, and copying costs each token what reading two tokens of its GRO
 MIN_GROWTH = 64
 
 
+def spare_tokens(num_tokens: int) -> int:
+    """Tokens that full heads of `num_tokens` get room for besides."""
+    return max(MIN_GROWTH, num_tokens // GROWTH)
+
+
 @lru_cache(maxsize=1024)
 def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """The heads on the device, one tensor for all layers and caches: each copy there would be waited for."""
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)
+
+
+@lru_cache(maxsize=1)
+def _decode_fused() -> Callable[..., tuple[Tensor, Any]]:
+    """Imported when it is first called, since it needs Triton."""
+    from sparse_hf_kernels.kv_cache.launch import decode_fused
+
+    return decode_fused
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,15 +198,13 @@ class SparseCacheLayer(CacheLayerMixin):
         Returns:
             `[batch, 1, num_heads, head_dim]`.
         """
-        from sparse_hf_kernels.kv_cache.launch import decode_fused  # needs Triton
-
         storage = self.storage
         assert storage is not None
-        valid = plan.newest_valid(len(keys), keys.device)
+        valid = plan.newest_valid(len(keys))
         if self.max_length is None:
             self._make_room(self._num_tokens + 1)
         work = self._scratch.get(query.device)
-        out, self._scratch[query.device] = decode_fused(query, keys, values, storage, work, scale, valid)
+        out, self._scratch[query.device] = _decode_fused()(query, keys, values, storage, work, scale, valid)
         self._num_tokens += 1
         if valid is not None:
             self._is_plain = None
@@ -330,12 +342,9 @@ class SparseCacheLayer(CacheLayerMixin):
     def _new_positions(self, plan: ForwardPlan, position_ids: Tensor | None) -> Tensor:
         """Positions `[batch, new]` of the new tokens, -1 for padding: the same in all layers."""
         assert self.storage is not None
-        device = self.storage.keys.device
-        key = "new_positions", device
-        if key not in plan.known:
-            lengths = self.storage.lengths.to(plan.device, torch.int64)
-            plan.known[key] = plan.new_tokens(position_ids, lengths).to(device)
-        return plan.known[key]
+        if "new_positions" not in plan.known:
+            plan.known["new_positions"] = plan.new_tokens(position_ids, self.storage.lengths.to(torch.int64))
+        return plan.known["new_positions"]
 
     def _make_room(self, num_tokens: int) -> None:
         storage = self.storage
@@ -347,7 +356,7 @@ class SparseCacheLayer(CacheLayerMixin):
                 f"the cache was made for {self.max_length} tokens and would hold {num_tokens}; "
                 "give SparseCache.for_model a larger max_length, or none so that it grows"
             )
-        spare = max(MIN_GROWTH, num_tokens // GROWTH) if storage.capacity else 0
+        spare = spare_tokens(num_tokens) if storage.capacity else 0
         storage.grow(max(num_tokens + spare, self.expected_tokens))
 
     def _part(self, plan: ForwardPlan, num_tokens: int) -> None:

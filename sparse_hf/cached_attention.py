@@ -34,6 +34,8 @@ def decode_at_once(
         return None
     if layer.max_length is None:
         check_length(plan, state)
+    if not torch.is_grad_enabled():
+        return layer.decode(query, pending.keys, pending.values, plan, scale)
     with torch.no_grad():
         out = layer.decode(query, pending.keys, pending.values, plan, scale)
     return _without_gradient(out, query)

@@ -83,7 +83,7 @@ def dynamic_attention(
     *,
     positions: TokenPositions,
     scale: float,
-    known: MutableMapping[Any, Any] | None = None,
+    known: MutableMapping[str, Any] | None = None,
     records: Sequence[BranchRecord] = (),
 ) -> Tensor:
     """Sparse attention of a layer of which some heads choose by q and k; differentiable in q, k and v.
@@ -166,9 +166,11 @@ def select_blocks(q: Tensor, k: Tensor, heads: LayerHeads, *, scale: float) -> B
     for method, kv_heads in followers.items():
         rows = [head * group + n for head in kv_heads for n in range(group)]
         numbers = [heads.numbers[head] * group + n for head in kv_heads for n in range(group)]
-        chosen = method.select(
-            take_heads(q, rows), take_heads(k, kv_heads), scale=scale, q_offset=q_offset, heads=numbers
-        )
+        # Kernels are launched on the current device, which need not be that of a layer of a model on several.
+        with torch.cuda.device_of(q):
+            chosen = method.select(
+                take_heads(q, rows), take_heads(k, kv_heads), scale=scale, q_offset=q_offset, heads=numbers
+            )
         parts.append((chosen, rows))
     selection = merge(parts, q.shape[1])
     return selection.with_dense_rows(heads.layout.num_dense_rows, q_offset)
@@ -273,7 +275,7 @@ def dynamic_mixed_attention(
     positions: TokenPositions,
     scale: float,
     skip_saturated: bool = False,
-    known: MutableMapping[Any, Any] | None = None,
+    known: MutableMapping[str, Any] | None = None,
     records: tuple[Sequence[BranchRecord], Sequence[BranchRecord]] = ((), ()),
 ) -> Tensor:
     """`sparse_hf_kernels.mixed_attention` where a branch has dynamic heads.

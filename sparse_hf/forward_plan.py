@@ -54,7 +54,7 @@ class ForwardPlan:
     ) -> None:
         self.q_len, self.kv_len, self.q_offset, self.kv_offset = q_len, kv_len, q_offset, kv_offset
         self.padding_mask, self.device = padding_mask, device
-        self.known: dict[Any, Any] = {}  # what layers share that cannot be traced
+        self.known: dict[str, Any] = {}  # what layers share that cannot be traced
         self._positions: TokenPositions | TracedPositions | None = None
         self._look: tuple[Tensor | None, bool] | None = None
         self._elsewhere: dict[torch.device, ForwardPlan] = {}
@@ -126,14 +126,13 @@ class ForwardPlan:
         """Boolean `[batch, q_len]`: which new tokens are real."""
         return self._seen_mask(self._first + self.q_len)[:, -self.q_len :].expand(batch, -1)
 
-    def newest_valid(self, batch: int, device: torch.device) -> Tensor | None:
+    def newest_valid(self, batch: int) -> Tensor | None:
         """Boolean `[batch]`: which rows' newest token is real; None if all are known to be. Nothing is waited for."""
         if self.padding_mask is None:
             return None
-        key = "newest_valid", device
-        if key not in self.known:
-            self.known[key] = self.new_valid(batch)[:, -1].to(device).contiguous()
-        return self.known[key]
+        if "newest_valid" not in self.known:
+            self.known["newest_valid"] = self.new_valid(batch)[:, -1].contiguous()
+        return self.known["newest_valid"]
 
     @property
     def _first(self) -> int:

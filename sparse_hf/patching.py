@@ -18,6 +18,7 @@ from sparse_hf.adapters import ModelShape, adapter_for
 from sparse_hf.attention import ATTENTION_NAME, sparse_attention_forward
 from sparse_hf.break_even import resolve_min_seq_len
 from sparse_hf.cache import SparseCache
+from sparse_hf.chunked_prefill import PREFILL_METHOD, prefill
 from sparse_hf.config import SparseConfig
 from sparse_hf.dynamic import LayerHeads
 from sparse_hf.forward_plan import forward_plan_mask
@@ -118,6 +119,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     )
     setattr(model, _ATTRIBUTE, handle)
     setattr(model, _CACHE_METHOD, MethodType(_prepare_sparse_cache, model))
+    setattr(model, PREFILL_METHOD, MethodType(prefill, model))
     model.config._attn_implementation = ATTENTION_NAME
     return outer
 
@@ -133,6 +135,7 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
     for module in handle.modules:
         clear_layer_state(module)
     delattr(model, _CACHE_METHOD)
+    delattr(model, PREFILL_METHOD)
     delattr(model, _ATTRIBUTE)
     # What the user set meanwhile (resize_token_embeddings, use_cache) stays; the attention's name is ours alone.
     for name, value in vars(model.config).items():

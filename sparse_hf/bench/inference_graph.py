@@ -79,8 +79,11 @@ def captured_step(
         with torch.cuda.graph(graph):
             output = step()
 
+    # The graph holds addresses alone: what lies there has to live as long.
+    held = cache, token, position
+
     def replay() -> object:
         graph.replay()
-        return output
+        return output, held
 
     return replay

@@ -41,8 +41,7 @@ def store_random(cache: Cache, model: PreTrainedModel, num_tokens: int, batch: i
         for layer in range(num_layers):
             pending: Any = cache.update(keys, values, layer)[0]
             if isinstance(pending, PendingKV):
-                pending.store(plan, None)
-                pending.release()
+                pending.layer.store(keys, values, plan, None)
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -86,6 +85,6 @@ def prefix_cache(model: PreTrainedModel, num_tokens: int, batch: int) -> Cache:
 
 def static_sparse_cache(model: PreTrainedModel, num_tokens: int, batch: int, room: int) -> SparseCache:
     """A cache for CUDA graphs that holds so many tokens and has room for more."""
-    cache = SparseCache.for_model(model, max_length=num_tokens + room)  # type: ignore[call-arg]
+    cache = SparseCache.for_model(model, max_length=num_tokens + room)
     store_random(cache, model, num_tokens, batch)
     return cache

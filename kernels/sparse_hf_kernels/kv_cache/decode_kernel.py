@@ -3,7 +3,7 @@
 Every head of every row has its own number of blocks. Laid end to end, they are shared out evenly: program p takes the
 p-th share, which may begin and end amid a head. A head within one share is finished there. Of one that is spread over
 several, each program leaves its part of the softmax, and the one that arrives last merges them. All programs read the
-lengths; the last one to finish counts the new token, so that a captured graph goes on by itself.
+lengths; the last one to have done so counts the new token, so that a captured graph goes on by itself.
 """
 
 import triton
@@ -14,6 +14,12 @@ NEVER = tl.constexpr(-1e30)
 
 LARGEST_DISTANCE = tl.constexpr(2**30)
 """From here on `max_distance` is none."""
+
+
+@triton.jit
+def _pick(x, rows, row):
+    """x[row], from registers."""
+    return tl.sum(tl.where(rows == row, x, 0), 0)
 
 
 @triton.jit
@@ -127,17 +133,19 @@ def _decode_kernel(
     exists = rows < num_rows
     all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
     table = heads_ptr + (rows % KV_HEADS) * 4
+    all_recent = tl.load(table, mask=exists, other=0)
+    all_sinks = tl.load(table + 1, mask=exists, other=0)
+    all_windows = tl.load(table + 2, mask=exists, other=1)
+    all_places = tl.load(table + 3, mask=exists, other=0)
     _all_sinks, _all_firsts, counts, _all_lows = _blocks(
-        all_lengths,
-        tl.load(table, mask=exists, other=0),
-        tl.load(table + 1, mask=exists, other=0),
-        tl.load(table + 2, mask=exists, other=1),
-        num_dense_rows,
-        BN,
+        all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN
     )
     counts = tl.where(exists, counts, 0)
     ends = tl.cumsum(counts, 0)
     all_blocks = tl.sum(counts, 0)
+    # Said once the lengths are here, which no program reads again, and asked for at the end. The sum is never negative,
+    # but has to be known before the addition.
+    done = tl.atomic_add(counters_ptr + num_rows, tl.where(all_blocks < 0, 0, 1), sem="relaxed")
     share = tl.maximum((all_blocks + programs - 1) // programs, MIN_SHARE)
     block = pid * share
     stop = tl.minimum(block + share, all_blocks)
@@ -148,18 +156,18 @@ def _decode_kernel(
     row_slots = ring_slots + num_linear.to(tl.int64) * capacity
     while block < stop:
         row = tl.sum((ends <= block).to(tl.int32), 0)
-        end = tl.sum(tl.where(rows == row, ends, 0), 0)
-        count = tl.sum(tl.where(rows == row, counts, 0), 0)
+        end = _pick(ends, rows, row)
+        count = _pick(counts, rows, row)
         begin = end - count
         first = block - begin
         last = tl.minimum(count, stop - begin)
         b = (row // KV_HEADS).to(tl.int64)
         head = row % KV_HEADS
-        length = tl.load(state_ptr + 1 + b)
-        recent = tl.load(heads_ptr + head * 4)
-        sinks = tl.load(heads_ptr + head * 4 + 1)
-        window = tl.load(heads_ptr + head * 4 + 2)
-        place = tl.load(heads_ptr + head * 4 + 3).to(tl.int64)
+        length = _pick(all_lengths, rows, row)
+        recent = _pick(all_recent, rows, row)
+        sinks = _pick(all_sinks, rows, row)
+        window = _pick(all_windows, rows, row)
+        place = _pick(all_places, rows, row).to(tl.int64)
         linear = recent < 0
         sink_blocks, low_block, _blocks_again, low = _blocks(length, recent, sinks, window, num_dense_rows, BN)
         stored = tl.minimum(length, tl.where(linear, capacity, recent + sinks))
@@ -260,8 +268,6 @@ def _decode_kernel(
                 tl.store(counters_ptr + row, 0)
         block = begin + last
 
-    # What was read of the lengths has been used by now: nothing to wait for.
-    done = tl.atomic_add(counters_ptr + num_rows, 1, sem="relaxed")
     if done == programs - 1:
         tl.store(counters_ptr + num_rows, 0)
         batch_rows = tl.arange(0, ROWS)

@@ -35,15 +35,15 @@ class DecodeConfig:
     block: int
     num_warps: int = 4
     num_stages: int = 3
-    programs: int = 1
+    programs: int = 2
     min_share: int = 1
-    merged_bytes: int = 32768
+    merged_bytes: int = 65536
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
     """By the bytes of a key: so much that loads in flight fill the bandwidth, in shared memory for two programs."""
     row = triton.next_power_of_2(head_dim) * itemsize
-    return DecodeConfig(block=max(16, min(128, 128 * 256 // row)))
+    return DecodeConfig(block=max(16, min(128, 64 * 256 // row)))
 
 
 @lru_cache
