@@ -86,6 +86,6 @@ def prefix_cache(model: PreTrainedModel, num_tokens: int, batch: int) -> Cache:
 
 def static_sparse_cache(model: PreTrainedModel, num_tokens: int, batch: int, room: int) -> SparseCache:
     """A cache for CUDA graphs that holds so many tokens and has room for more."""
-    cache = SparseCache.for_model(model, max_length=num_tokens + room)  # type: ignore[call-arg]
+    cache = SparseCache.for_model(model, max_length=num_tokens + room)
     store_random(cache, model, num_tokens, batch)
     return cache
