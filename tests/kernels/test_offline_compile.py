@@ -36,6 +36,8 @@ DEFAULT = [
     *(Group(family="triton", arch=80, head_dims=(dim,), names=MAIN) for dim in (64, 128)),
     Group(family="scoring", arch=90, head_dims=(64, 128)),
     Group(family="scoring", arch=80, head_dims=(128,)),
+    *(Group(family="cache", arch=90, head_dims=(dim,)) for dim in (64, 128)),
+    Group(family="cache", arch=80, head_dims=(128,)),
 ]  # fmt: skip
 
 ALL = [
@@ -43,6 +45,8 @@ ALL = [
     *(Group(family="triton", arch=arch, head_dims=(dim,), dtypes=("bfloat16", "float16"))
       for arch in SHARED_LIMITS for dim in HEAD_DIMS),
     *(Group(family="scoring", arch=arch, head_dims=(dim,), dtypes=("bfloat16", "float16", "float32"))
+      for arch in SHARED_LIMITS for dim in HEAD_DIMS),
+    *(Group(family="cache", arch=arch, head_dims=(dim,), dtypes=("bfloat16", "float16"))
       for arch in SHARED_LIMITS for dim in HEAD_DIMS),
 ]  # fmt: skip
 
@@ -94,6 +98,8 @@ SPILLS: dict[tuple[str, int], dict[int, int]] = {
     ("_column_forward_kernel", 100): {256: 16},
     ("_column_dkdv_kernel", 120): {64: 96, 128: 48},
     ("_column_forward_kernel", 120): {64: 96},
+    ("_decode_kernel", 90): {64: 16, 128: 272},
+    ("_decode_kernel", 80): {128: 288},
 }
 """Bytes that (kernel and form, arch) may spill by head dimension, 0 where it is not named: the largest over dtypes and
 layouts with the ptxas that comes with Triton 3.6.0, rounded up."""
@@ -101,7 +107,7 @@ layouts with the ptxas that comes with Triton 3.6.0, rounded up."""
 PRODUCTS = {
     "attention_forward_kernel", "attention_backward_kernel", "_forward_kernel", "_dkdv_kernel", "_dq_kernel",
     "_block_lse_pointer_kernel", "_block_lse_tma_kernel", "_row_lse_kernel", "_last_q_sums_kernel",
-    "_pooled_scores_kernel", "_column_forward_kernel", "_column_dq_kernel", "_column_dkdv_kernel",
+    "_pooled_scores_kernel", "_column_forward_kernel", "_column_dq_kernel", "_column_dkdv_kernel", "_decode_kernel",
 }  # fmt: skip
 """Kernels that multiply matrices: in fp32, as only scoring is asked to, without the tensor cores."""
 
@@ -148,7 +154,8 @@ def expected_instructions(report: Report) -> list[set[str]]:
     small = "decode" in report.kind or report.kernel in TF32
     # Nor are tiles of 32 rows enough for tcgen05 on sm_100.
     product = {90: {"HGMMA"}, 100: {"UTCHMMA", "HMMA"}}.get(report.arch, {"HMMA"})
-    return [{"HMMA"} if small else product, *([{"UTMALDG"}] if "tma" in report.kernel else [])]
+    loads = {"UTMALDG"} if "tma" in report.kernel else {"LDGSTS"} if report.kernel == "_decode_kernel" else None
+    return [{"HMMA"} if small else product, *([loads] if loads else [])]
 
 
 def faults(report: Report) -> list[str]:
@@ -207,6 +214,7 @@ def _report(**changes: object) -> Report:
         ({"counts": {"HGMMA": 1, "UTMALDG": 1, "USETMAXREG": 1}}, "UTMAREDG"),
         ({"kernel": "_dq_kernel", "counts": {"HMMA": 1}}, "HGMMA"),
         ({"kernel": "_dq_kernel", "arch": 80, "counts": {}}, "HMMA"),
+        ({"kernel": "_decode_kernel", "counts": {"HMMA": 1}}, "LDGSTS"),
         ({"serialized": ("C7510: serialized",)}, "C7510"),
     ],
 )

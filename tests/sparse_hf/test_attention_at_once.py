@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from sparse_hf import SparseCache, SparseConfig, Streaming, Triangle, XAttention, capture, sparsify
-from sparse_hf import attention as long_way
-from sparse_hf import attention_at_once as short_way
-from sparse_hf.attention_at_once import WholeGroup
+from sparse_hf import (
+    SparseCache,
+    SparseConfig,
+    Streaming,
+    Triangle,
+    XAttention,
+    attention,
+    attention_at_once,
+    cached_attention,
+    capture,
+    sparsify,
+)
 from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 
 VOCAB = 97
@@ -81,18 +90,22 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def counts(served: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
     found = Counts()
-    dispatch, takes = long_way._dispatch, short_way.takes_at_once
+    takes = attention_at_once.takes_at_once
 
-    def count_long(*args: Any, **options: Any) -> Tensor:
-        found.long += 1
-        return dispatch(*args, **options)
+    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def count_long(*args: Any, **options: Any) -> Tensor:
+            found.long += 1
+            return function(*args, **options)
+
+        return count_long
 
     def count_asked(*args: Any) -> bool:
         found.asked += 1
         return takes(*args)
 
-    monkeypatch.setattr(long_way, "_dispatch", count_long)
-    monkeypatch.setattr(short_way, "takes_at_once", count_asked)
+    for module, name in ((attention, "attend"), (cached_attention, "attend"), (cached_attention, "_attend_groups")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    monkeypatch.setattr(attention_at_once, "takes_at_once", count_asked)
     yield found
 
 
@@ -114,9 +127,9 @@ def test_short_calls_are_the_stock_models(counts: Counts, name: str, length: int
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded_later", [False, True])
-def test_decoding_past_the_dense_rows(counts: Counts, name: str, padded_later: bool) -> None:
-    """The same tokens and caches as by the long way, before, at and after the length at which heads part."""
+@pytest.mark.parametrize("masked_later", [False, True])
+def test_a_first_chunk_and_what_follows(counts: Counts, name: str, masked_later: bool) -> None:
+    """The same numbers, caches and memory as by the long way, before, at and after the length at which heads part."""
     ids = tokens(DENSE_ROWS + 12)
     first = DENSE_ROWS - 6
 
@@ -125,7 +138,7 @@ def test_decoding_past_the_dense_rows(counts: Counts, name: str, padded_later: b
         sizes = [cache.kv_bytes()]
         for n in range(first, ids.shape[1]):
             # A mask of ones is no padding, but has to be looked at.
-            mask = torch.ones(2, n + 1, dtype=torch.int64) if padded_later and n > first + 2 else None
+            mask = torch.ones(2, n + 1, dtype=torch.int64) if masked_later and n > first + 2 else None
             out.append(model(ids[:, n : n + 1], past_key_values=cache, attention_mask=mask).logits)
             sizes.append(cache.kv_bytes())
         return torch.cat(out, 1), sizes
@@ -133,37 +146,62 @@ def test_decoding_past_the_dense_rows(counts: Counts, name: str, padded_later: b
     model = make_model(CONFIGS[name])
     cache = SparseCache.for_model(model)
     (out, sizes), long, asked = counts(lambda: steps(model, cache))
-    num_short = DENSE_ROWS - first - 1  # the step that reaches the dense rows frees what sparse heads drop
-    assert asked == 1 + num_short and long == NUM_LAYERS * (ids.shape[1] - first - num_short)
+    # Without a GPU, tokens after others go the long way.
+    assert asked == 1 and long == NUM_LAYERS * (ids.shape[1] - first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_way, "attend_at_once", lambda *args: None)
+        patch.setattr(cached_attention, "attend_at_once", lambda *args: None)
         by_hand = SparseCache.for_model(model)
-        with torch.no_grad():
-            expected, expected_sizes = steps(model, by_hand)
+        (expected, expected_sizes), long, asked = counts(lambda: steps(model, by_hand))
+    assert asked == 0 and long == NUM_LAYERS * (ids.shape[1] - first + 1)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     assert sizes == expected_sizes, "memory is freed at the same tokens"
     for one, other in zip(cache._sparse_layers, by_hand._sparse_layers, strict=True):
-        assert one.num_tokens == other.num_tokens and torch.equal(one.lengths, other.lengths)  # type: ignore[arg-type]
-        assert [group.retention for group in one.groups] == [group.retention for group in other.groups]
-        for group, same in zip(one.groups, other.groups, strict=True):
-            assert not isinstance(group, WholeGroup) and (group.heads, group.first) == (same.heads, same.first)
-            assert torch.equal(group.positions, same.positions)
-            torch.testing.assert_close((group.keys, group.values), (same.keys, same.values), atol=1e-5, rtol=1e-4)
+        mine, theirs = one.storage, other.storage
+        assert mine is not None and theirs is not None
+        assert one.num_tokens == other.num_tokens and torch.equal(mine.state, theirs.state)
+        assert mine.layout == theirs.layout == one.plan.storage, "heads have parted"
+        for group in mine.layout.groups:
+            filled = (0, min(one.num_tokens, group.slots(mine.capacity)))
+            torch.testing.assert_close(mine.read(group, filled), theirs.read(group, filled), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_single_tokens_are_fused_on_a_gpu(counts: Counts, name: str) -> None:
+    """Neither way of whole sequences: one launch for all heads, before, at and after the length at which they part."""
+    ids, first = tokens(DENSE_ROWS + 12).cuda(), DENSE_ROWS - 6
+    dense_dtype = {"device": "cuda", "dtype": torch.float32}
+    model, stock = make_model(CONFIGS[name]).to(**dense_dtype), make_model().to(**dense_dtype)
+
+    def steps(cache: Any) -> Tensor:
+        ends = [0, first, *range(first + 1, ids.shape[1] + 1)]
+        return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(ends)], 1)
+
+    out, long, _ = counts(lambda: steps(SparseCache.for_model(model)))
+    assert long == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BACKEND_VARIABLE, "reference")
+        expected, long, _ = counts(lambda: steps(SparseCache.for_model(model)))
+    assert long == NUM_LAYERS * (ids.shape[1] - first + 1)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(out[:, :DENSE_ROWS], stock(ids[:, :DENSE_ROWS]).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_generate_and_beams(counts: Counts) -> None:
-    """Beam search reorders what one group holds; chunks split it."""
+    """The prompt is short; beam search reorders what the cache holds; chunks after the first go the long way."""
     ids, model = tokens(9), make_model(CONFIGS["mixed"])
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(ids)
     stock = make_model()
     for beams in (1, 3):
-        out, long, _ = counts(lambda beams=beams: model.generate(ids, num_beams=beams, **options))
-        assert long == 0 and torch.equal(out, stock.generate(ids, num_beams=beams, **options))
+        out, long, asked = counts(lambda beams=beams: model.generate(ids, num_beams=beams, **options))
+        assert (long, asked) == (NUM_LAYERS * 11, 1)
+        assert torch.equal(out, stock.generate(ids, num_beams=beams, **options))
     cache, stock_cache = SparseCache.for_model(model), DynamicCache(config=stock.config)
-    for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:8], ids[:, 8:9]):
-        out, long, _ = counts(lambda part=part: model(part, past_key_values=cache).logits)
-        assert long == (0 if cache.get_seq_length() <= 5 else NUM_LAYERS), "a chunk goes the long way, and all after it"
+    for number, part in enumerate((ids[:, :4], ids[:, 4:5], ids[:, 5:8], ids[:, 8:9])):
+        out, long, asked = counts(lambda part=part: model(part, past_key_values=cache).logits)
+        assert (long, asked) == ((NUM_LAYERS, 0) if number else (0, 1))
         with torch.no_grad():
             expected = stock(part, past_key_values=stock_cache).logits
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)

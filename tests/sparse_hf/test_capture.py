@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from sparse_hf import SparseCache, attention, forward_plan
+from sparse_hf import SparseCache, attend, cached_attention, forward_plan
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf_kernels import TokenPositions, positions_as_data, sparse_attention
 from sparse_hf_kernels.tiles import RowGeometry
@@ -46,7 +46,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             for name in READS:
                 patch.setattr(Tensor, name, guarded(getattr(Tensor, name)))
-            patch.setattr(attention, "sparse_attention", compute)
+            for module in (attend, cached_attention):
+                patch.setattr(module, "sparse_attention", compute)
             yield
 
     return block
@@ -158,3 +159,17 @@ def test_a_sparse_cache_asserts_that_nothing_is_packed(make_case: Callable, capt
     for where in (nullcontext, positions_as_data):
         with capturing(), where(), pytest.raises(RuntimeError, match="position_ids that restart"):
             case.model(**given, past_key_values=SparseCache.for_model(case.model))
+
+
+def test_a_sparse_cache_of_a_fixed_length_takes_no_chunk(make_case: Callable, capturing: Callable) -> None:
+    """Its count is on the device, where decode steps alone need not read it; the chunk may come after the capture."""
+    case = make_case("llama", "streaming")
+    cache, (tokens,) = SparseCache.for_model(case.model, max_length=20), case.tokens(12)
+    with torch.no_grad():
+        case.model(tokens[None, :9], past_key_values=cache)
+        with capturing(), pytest.raises(ValueError, match="capture decode steps of one token"):
+            case.model(tokens[None, 9:], past_key_values=cache)
+    assert int(cache.get_seq_length()) == 9
+    with torch.no_grad():
+        logits = case.model(tokens[None, 9:], past_key_values=cache).logits[0]
+    case.assert_logits(logits, case.expected(tokens)[9:])

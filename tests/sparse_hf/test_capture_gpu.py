@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from sparse_hf import SparseCache, SparseConfig, Streaming, sparsify
 from sparse_hf_kernels import AttentionLayout, HeadPattern, positions_as_data, sparse_attention
+from sparse_hf_kernels.kv_cache import KVDtype
 
 pytestmark = pytest.mark.gpu
 
@@ -109,23 +110,30 @@ def test_prefill_with_positions_as_data(model: Any, make: Callable, contents: li
 
 
 @torch.no_grad()
-def test_a_decode_step_with_a_sparse_cache(model: Any) -> None:
-    """The graph repeats one step: the cache's lengths do not move, its content is read as it was captured."""
-    cache = SparseCache.for_model(model)
-    model(tokens(2, 200), past_key_values=cache)
-    model(tokens(2, 1), past_key_values=cache)
-    static = tokens(2, 1)
-    copies = [copy.deepcopy(cache) for _ in range(4)]
-    given = iter(copies)
-    # What the captured step reads has to live on; the cache itself lets go of it when it takes the new token.
-    layers = copies[1].layers
-    read = [(layer.lengths, group.keys, group.values, group.positions) for layer in layers for group in layer.groups]
-    graph, out = captured(lambda: model(static, past_key_values=next(given)).logits)
-    for other in copies[2:]:
-        static.copy_(tokens(2, 1))
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decode_steps_with_a_sparse_cache(model: Any, batch: int, kv_dtype: KVDtype | None) -> None:
+    """The cache counts on the device: one graph serves step after step, over a window that turns several times."""
+    ids, first = tokens(batch, 400), 200
+    cache = SparseCache.for_model(model, max_length=400, kv_dtype=kv_dtype)
+    model(ids[:, :first], past_key_values=cache)
+    eager, growing = copy.deepcopy(cache), SparseCache.for_model(model, kv_dtype=kv_dtype)
+    model(ids[:, :first], past_key_values=growing)
+    static = ids[:, first : first + 1].clone()
+    graph, out = captured(lambda: model(static, past_key_values=cache).logits)
+    for each in (eager, growing):
+        model(static, past_key_values=each)  # as the call before the capture did
+    for step in range(first + 1, 400):
+        static.copy_(ids[:, step : step + 1])
         graph.replay()
-        assert torch.equal(out, model(static, past_key_values=other).logits)
-    del read
+        assert torch.equal(out, model(static, past_key_values=eager).logits), f"token {step}"
+        expected = model(static, past_key_values=growing).logits
+        assert (out - expected).norm() <= 0.02 * expected.norm(), f"token {step}"
+    assert int(cache.get_seq_length()) == int(eager.get_seq_length()) == growing.get_seq_length() == 400
+    for one, other in zip(cache._sparse_layers, eager._sparse_layers, strict=True):
+        assert one.storage is not None and other.storage is not None
+        for mine, theirs in zip(one.storage.tensors(), other.storage.tensors(), strict=True):
+            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @torch.no_grad()

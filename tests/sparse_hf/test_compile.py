@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from sparse_hf import SparseCache
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf_kernels import TokenPositions
+from sparse_hf_kernels.kv_cache import store_tokens
 
 
 @pytest.fixture(params=["llama"])
@@ -120,8 +121,18 @@ def test_set_head_masks_is_noticed(case: Any) -> None:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes every read of a tensor's value by Python, which on a GPU waits for it."""
+    """Notes every read of a tensor's value by Python, which on a GPU waits for it.
+
+    Not in the plain form of storing tokens, which a GPU's kernel stands in for.
+    """
     noted: list[str] = []
+
+    def storing(*args: Any, **kwargs: Any) -> None:
+        before = len(noted)
+        store_tokens(*args, **kwargs)
+        del noted[before:]
+
+    monkeypatch.setattr("sparse_hf.cache.store_tokens", storing)
     for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero"):
         original = getattr(Tensor, name)
 
@@ -146,7 +157,8 @@ def seen_positions(monkeypatch: pytest.MonkeyPatch) -> list[TokenPositions]:
         seen.append(positions)
         return torch.zeros_like(q)
 
-    monkeypatch.setattr("sparse_hf.attention.sparse_attention", noting)
+    for module in ("attend", "cached_attention"):
+        monkeypatch.setattr(f"sparse_hf.{module}.sparse_attention", noting)
     return seen
 
 
@@ -179,25 +191,34 @@ def test_padding_and_packing_have_none(case: Any, seen_positions: list[TokenPosi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mix", ["mixed", "sliding_window"])
-def test_a_sparse_cache_has_a_closed_form_while_keys_are_consecutive(
-    case: Any, seen_positions: list[TokenPositions], waits: list[str], mix: str
+@pytest.mark.parametrize(
+    ("family", "mix", "expected"),
+    [
+        # Layer 0: two sinks and five recent keys, which stand as a run behind each other; then a full head. Layer 1:
+        # both heads keep every key.
+        ("llama", "mixed", [(7, 0), (12, 0), (12, 0)]),
+        # Positions 7 to 11 and the new token fill a window of 6.
+        ("llama", "sliding_window", [(12, 7)] * 2),
+        ("mistral_native", "sliding_window", [(12, 7)] * 2),
+        # The model's own window hides sinks by their true distance.
+        ("mistral_native", "streaming", [(None, 0)] * 2),
+    ],
+)
+def test_a_sparse_cache_has_a_closed_form(
+    case: Any, seen_positions: list[TokenPositions], waits: list[str], expected: list[tuple[int | None, int]]
 ) -> None:
-    """Full heads always; a window's keys stay consecutive when the oldest go, sinks and a window do not."""
+    """Integers for the kernels, and nothing is waited for."""
     cache, tokens = SparseCache.for_model(case.model), torch.randint(1, 99, (2, 13))
     case.model(tokens[:, :12], past_key_values=cache)
-    prefill = [closed_form(each) for each in seen_positions]
-    assert set(prefill) == {(0, 0)}
+    assert [closed_form(each) for each in seen_positions] == [(0, 0)] * 2, "all heads of a layer at once"
     seen_positions.clear()
     waits.clear()
     case.model(tokens[:, 12:], past_key_values=cache)
-    found = [None if offset is None else k_offset for offset, k_offset in map(closed_form, seen_positions)]
-    assert len(found) == len(prefill) and all(o in (12, None) for o, _ in map(closed_form, seen_positions))
-    if mix == "sliding_window":
-        assert found == [7] * len(found), "positions 7 to 11 and the new token fill a window of 6"
-    else:
-        assert 0 in found and None in found
+    assert [closed_form(each) for each in seen_positions] == expected
     assert waits == []
+    if expected[0] == (None, 0):
+        assert seen_positions[0].q_positions.tolist() == [[12]]
+        assert seen_positions[0].k_positions.tolist() == [[0, 1, *range(7, 13)]]
 
 
 @torch.no_grad()

@@ -111,6 +111,12 @@ def _merge(
     return acc, total
 
 
+@triton.jit
+def _divisor(total):
+    """A sum of weights, positive where there are none; NaN stays NaN, which a GPU's plain maximum would drop."""
+    return tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit(do_not_specialize=["capacity", "ring_slots", "num_linear", "num_rows", "num_dense_rows", "max_distance"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, out_ptr,
@@ -247,7 +253,7 @@ def _decode_kernel(
         first_program = begin // share
         last_program = (end - 1) // share
         if first_program == last_program:
-            result = tl.where(is_valid, acc / tl.maximum(total, 1e-30)[:, None], 0.0)
+            result = tl.where(is_valid, acc / _divisor(total)[:, None], 0.0)
             tl.store(out, result.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
             part = pid * 2 + (pid == first_program).to(tl.int32)
@@ -260,7 +266,7 @@ def _decode_kernel(
             if arrived == last_program - first_program:
                 mg = tl.arange(0, BM)
                 merged, weight = _merge(acc_ptr, stat_ptr, row, first_program, last_program, GROUP, BM, D, BD, MERGED)
-                result = tl.where(is_valid, merged / tl.maximum(weight, 1e-30)[:, None], 0.0)
+                result = tl.where(is_valid, merged / _divisor(weight)[:, None], 0.0)
                 m_heads = head * GROUP + mg
                 m_out = out_ptr + (b * (KV_HEADS * GROUP) + m_heads[:, None]) * D + dims[None, :]
                 m_mask = (mg < GROUP)[:, None] & in_dims[None, :]
