@@ -163,7 +163,7 @@ class SparseCacheLayer(CacheLayerMixin):
             value_dim=value_states.shape[-1],
             dtype=value_states.dtype,
             device=key_states.device,
-            capacity=self.max_length or self.expected_tokens,
+            capacity=self.max_length or max(self.expected_tokens, key_states.shape[2]),
             kv_dtype=self.kv_dtype,
         )
         self.is_initialized = True

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from sparse_hf.bench.inference_compare import Call, Run, dense_contexts, described
-from sparse_hf.bench.inference_kv import prefix_cache, static_sparse_cache
+from sparse_hf.bench.inference_kv import prefix_cache, static_sparse_cache, without_mask
 from sparse_hf.bench.inference_plan import Case, Where
 from sparse_hf.bench.timing import CudaClock
 from sparse_hf.figures import Figure
@@ -36,7 +36,8 @@ def measure_graph_decode(run: Run, where: Where) -> list[Figure]:
     def dense_step(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], object]:
         if not shared:  # here, where a cache that does not fit is absent and ends nothing
             shared.append(prefix_cache(stock, num_tokens, batch))
-        return captured_step(stock, shared[0], where, context)
+        with without_mask(stock):
+            return captured_step(stock, shared[0], where, context)
 
     makers: dict[str, Call] = {
         label: partial(dense_step, context) for label, context in dense_contexts(session.device).items()

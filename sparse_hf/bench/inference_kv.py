@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_hf.adapters import ModelShape, adapter_for
@@ -14,6 +17,7 @@ from sparse_hf.cache import PendingKV, SparseCache
 from sparse_hf.forward_plan import ForwardPlan
 
 CHUNK = 32768
+MASKLESS = "sparse_hf_bench_dense"
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -81,6 +85,32 @@ def prefix_cache(model: PreTrainedModel, num_tokens: int, batch: int) -> Cache:
     """A cache for decode steps of a dense model after so many tokens, keys and values of its own in every layer."""
     layers = range(model_shape(model).num_layers)
     return Cache(layers=[PrefixLayer(*random_kv(model, num_tokens + 1, batch)) for _ in layers])
+
+
+@contextmanager
+def without_mask(model: PreTrainedModel) -> Iterator[None]:
+    """Decode steps of a stock model read their whole cache by one call of SDPA.
+
+    transformers leaves out a mask that masks nothing, but not while a CUDA graph is captured, and with a mask SDPA
+    copies keys for every query head and runs no fast kernel.
+    """
+    AttentionInterface.register(MASKLESS, _sdpa_of_all)
+    AttentionMaskInterface.register(MASKLESS, lambda **_: None)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = MASKLESS
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _sdpa_of_all(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    assert query.shape[2] == 1 and mask is None
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def static_sparse_cache(model: PreTrainedModel, num_tokens: int, batch: int, room: int) -> SparseCache:

@@ -42,7 +42,7 @@ class DecodeConfig:
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
     """By the bytes of a key: so much that loads in flight fill the bandwidth, in shared memory for two programs."""
-    row = triton.next_power_of_2(head_dim) * itemsize
+    row = triton.next_power_of_2(head_dim) * max(itemsize, 2)  # 8-bit tiles are widened
     return DecodeConfig(block=max(16, min(128, 64 * 256 // row)))
 
 

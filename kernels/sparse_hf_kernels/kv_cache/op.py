@@ -53,6 +53,9 @@ def store_tokens(
     """
     assert (seen is None) != (positions is None)
     num_new = k.shape[2]
+    if seen is not None and storage.write_run(k, v, seen):
+        storage.state.add_(num_new)
+        return
     lengths = None
     if positions is not None:
         positions = positions.expand(len(k), -1).contiguous()
@@ -68,10 +71,10 @@ def store_tokens(
             positions = torch.arange(seen, seen + num_new, device=k.device).expand(len(k), -1)
         after = storage.lengths + num_new if lengths is None else lengths
         store_naive(storage, k, v, positions, after)
-    storage.state[0] += num_new
     if lengths is None:
-        storage.state[1:] += num_new
+        storage.state.add_(num_new)
     else:
+        storage.state[0] += num_new
         storage.state[1:] = lengths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,13 @@ QUANTIZED: dict[KVDtype, tuple[torch.dtype, float]] = {
     "fp8": (torch.float8_e4m3fn, 448.0),
 }
 """Stored type and its largest value; one fp32 scale goes with each token of each head, for keys and for values."""
+
+
+@lru_cache
+def _no_scales(device: torch.device) -> Tensor:
+    """What kernels are given in place of scales, and never look at."""
+    with torch.inference_mode(False):
+        return torch.empty(0, 0, dtype=torch.float32, device=device)
 
 
 class KVStorage:
@@ -52,9 +60,11 @@ class KVStorage:
         slots = layout.row_slots(capacity)
         self.keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
         self.values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
-        scales = (batch, slots) if kv_dtype is not None else (0, 0)
-        self.k_scales = torch.empty(scales, dtype=torch.float32, device=device)
-        self.v_scales = torch.empty(scales, dtype=torch.float32, device=device)
+        self.k_scales = self.v_scales = _no_scales(device)
+        if kv_dtype is not None:
+            self.k_scales, self.v_scales = (
+                torch.empty(batch, slots, dtype=torch.float32, device=device) for _ in range(2)
+            )
         self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device)
         self.launches: dict[Any, Any] = {}
 
@@ -112,6 +122,15 @@ class KVStorage:
         slots = group.slots(self.capacity)
         part = x[:, group.first_slot : group.first_slot + len(group.heads) * slots]
         return part.unflatten(1, (len(group.heads), slots))
+
+    def write_run(self, k: Tensor, v: Tensor, seen: int) -> bool:
+        """Stores tokens `[batch, num_kv_heads, new, head_dim]` from slot `seen` on by a plain copy; False where heads
+        do not all keep them as they come."""
+        if len(self.layout.groups) > 1 or self.layout.ring_slots or self.kv_dtype is not None:
+            return False
+        for x, new in ((self.keys, k), (self.values, v)):
+            x.view(*new.shape[:2], self.capacity, new.shape[3]).narrow(2, seen, new.shape[2]).copy_(new)
+        return True
 
     def read(self, group: StorageGroup, *spans: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
         """The group's keys and values `[batch, heads, span, head_dim]` in these spans of slots, as they came.
