@@ -1,4 +1,7 @@
-"""DDP, FSDP2 and ZeRO-1/2/3 in two processes on the CPU give the losses, gradients and weights of one process."""
+"""DDP, FSDP2 and ZeRO-1/2/3 in two processes on the CPU give the losses, gradients and weights of one process.
+
+With LoRA, compiled layers and shared rows too; and a run goes on under another number of processes.
+"""
 
 import importlib.util
 import os
@@ -15,11 +18,14 @@ import torch
 WORKER = Path(__file__).parent / "workers" / "engine_parity.py"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-STAGES = ("masks", "masks_and_weights", "sft", "sft_taught")
+STAGES = ("masks", "masks_and_weights", "sft", "sft_taught", "lora")
 PARITY = [f"{engine}:masks_and_weights" for engine in ENGINES]
 PARITY += ["ddp:masks", "zero2:masks", "zero3:masks", "fsdp2:masks", "zero3:sft", "fsdp2:sft"]
 PARITY += ["zero3:sft_taught", "fsdp2:sft_taught", "zero2_offload:masks_and_weights", "zero3_offload:masks"]
+PARITY += ["fsdp2:lora", "zero3:lora", *(f"{engine}_sp2:lora" for engine in ENGINES if engine != "zero1")]
+PARITY += ["ddp_compiled:masks_and_weights", "fsdp2_compiled:masks_and_weights", "fsdp2_compiled:lora"]
 RESUMED = [f"{engine}:masks_and_weights:own" for engine in ("ddp", "zero2", "zero3", "fsdp2")] + ["zero3:masks:own"]
+RESUMED += ["fsdp2:lora:own", "zero3:lora:own", "fsdp2_sp2:lora:own"]
 TAKEN_OVER = ["zero2:masks_and_weights:single-masks_and_weights", "zero3:masks_and_weights:zero2-masks_and_weights"]
 TAKEN_OVER += ["fsdp2:masks_and_weights:single-masks_and_weights"]
 
@@ -41,7 +47,7 @@ def worker() -> ModuleType:
 @pytest.fixture(scope="module")
 def folder(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
-    worker.save_base_model(folder / "model")
+    worker.save_base_model(folder)
     return folder
 
 
@@ -69,7 +75,7 @@ def launch(device: str, folder: Path, cases: list[str], num_processes: int = 2) 
             start_new_session=True,
         )
         try:
-            code = process.wait(400)  # DeepSpeed builds its shared-memory collectives at the first use on a machine
+            code = process.wait(500)  # DeepSpeed builds its shared-memory collectives at the first use on a machine
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
@@ -81,7 +87,7 @@ def launch(device: str, folder: Path, cases: list[str], num_processes: int = 2) 
 def test_two_processes_equal_one(case: str, one_process: dict[str, Any], two_processes: dict[str, Any]) -> None:
     engine, stage = case.split(":")
     expected, found = one_process[stage], two_processes[case]
-    assert (found["engine"], found["num_processes"]) == (engine.removesuffix("_offload"), 2)
+    assert (found["engine"], found["num_processes"]) == (engine.partition("_")[0], 2)
     assert (expected["engine"], expected["num_processes"]) == ("single", 1)
     found["gradients"].pop("sparse_hf_unused", None)
     assert set(found["gradients"]) == set(expected["gradients"])
@@ -91,7 +97,7 @@ def test_two_processes_equal_one(case: str, one_process: dict[str, Any], two_pro
     assert found["losses"] == pytest.approx(expected["losses"], abs=2e-5) and len(found["losses"]) == 3
     for name, tensor in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
-    for name, tensor in expected.get("gates", {}).items():
+    for name, tensor in expected["gates"].items():
         torch.testing.assert_close(found["gates"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -99,7 +105,7 @@ def test_two_processes_equal_one(case: str, one_process: dict[str, Any], two_pro
 @pytest.mark.parametrize("device", ["cuda", "cuda-bf16"])
 def test_two_gpus_equal_one(device: str, worker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernels over NCCL. In bf16 engines round at different places: the first gradients point one way."""
-    worker.save_base_model(tmp_path / "model")
+    worker.save_base_model(tmp_path)
     monkeypatch.setattr(worker, "DEVICE", device)
     found = launch(device, tmp_path, PARITY)
     one = {stage: worker.run_case(tmp_path, "single", stage) for stage in STAGES}
@@ -141,17 +147,48 @@ def check_taken_over(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["gates"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_four_processes_take_over_two(folder: Path, two_processes: dict[str, Any]) -> None:
-    """Weights as they were saved; FSDP2's optimizer state is resharded, ZeRO's begins anew."""
-    cases = ["fsdp2:masks_and_weights:own", "zero3:masks_and_weights:own"]
-    before = {case: two_processes[case]["begun_with"] for case in cases}
-    for case, found in launch("cpu", folder, cases, num_processes=4).items():
-        assert found["num_processes"] == 4 and len(found["losses"]) == 3
-        begun = found["begun_with"]
-        assert begun["step"] == before[case]["step"] == 2
-        assert begun["moments"] == (2 if case.startswith("fsdp2") else 0)
-        for name, tensor in before[case]["weights"].items():
-            assert torch.equal(begun["weights"][name], tensor), (case, name)
+OTHER_NUMBER = ["ddp:masks_and_weights:own", "fsdp2:masks_and_weights:own", "zero3:masks_and_weights:own"]
+OTHER_NUMBER += ["fsdp2:lora:own"]
+
+
+@pytest.fixture(scope="module")
+def four_processes(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("four")
+    worker.save_base_model(folder)
+    return folder, launch("cpu", folder, [case.removesuffix(":own") for case in OTHER_NUMBER], num_processes=4)
+
+
+def check_other_number(case: str, found: dict[str, Any], saved: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Weights, masks and the step go on as they were saved, and end as in one process that was left alone.
+
+    FSDP2's optimizer state is resharded; ZeRO's begins anew, so that its weights end elsewhere.
+    """
+    begun = found["begun_with"]
+    assert begun["step"] == saved["step"] == 2 and len(found["losses"]) == 3
+    assert begun["moments"] == (0 if "zero3" in case else 2)
+    for part in ("weights", "gates"):
+        assert saved[part] and set(begun[part]) == set(saved[part])
+        for name, tensor in saved[part].items():
+            assert torch.equal(begun[part][name], tensor), name
+    check_taken_over(found, alone)
+    for name, tensor in alone["weights"].items():
+        if "zero3" not in case:
+            torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_four_processes_take_over_two(folder: Path, one_process: dict[str, Any], two_processes: dict[str, Any]) -> None:
+    for case, found in launch("cpu", folder, OTHER_NUMBER, num_processes=4).items():
+        assert found["num_processes"] == 4
+        saved = two_processes[case.removesuffix(":own")]["saved"]
+        check_other_number(case, found, saved, one_process[case.split(":")[1]])
+
+
+def test_two_processes_take_over_four(one_process: dict[str, Any], four_processes: tuple[Path, dict[str, Any]]) -> None:
+    folder, four = four_processes
+    for case, found in launch("cpu", folder, OTHER_NUMBER).items():
+        left = four[case.removesuffix(":own")]
+        assert (left["num_processes"], found["num_processes"]) == (4, 2)
+        check_other_number(case, found, left["saved"], one_process[case.split(":")[1]])
 
 
 @pytest.mark.parametrize("run", ["ddp-masks_and_weights", "zero3-masks_and_weights"])
