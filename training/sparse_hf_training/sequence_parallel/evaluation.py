@@ -26,10 +26,9 @@ class SlicedEvaluation(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
-        group = get_sequence_group(model)
-        # Predictions are of whole rows; and DeepSpeed exchanges in training alone.
-        whole = group is None or self.compute_metrics is not None
-        with sequence_parallel_disabled(model) if whole else self._sliced(group):
+        # Predictions are of whole rows; and DeepSpeed, which has no such group, exchanges in training alone.
+        group = None if self.compute_metrics is not None else get_sequence_group(model)
+        with sequence_parallel_disabled(model) if group is None else self._sliced(group):
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         return found
 
@@ -49,8 +48,9 @@ class SlicedEvaluation(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         if self._slices is None:
             return super().get_eval_dataloader(eval_dataset)
-        found: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        found = self.eval_dataset[found] if isinstance(found, str) else found
+        several: Any = self.eval_dataset
+        found: Any = several if eval_dataset is None else eval_dataset
+        found = several[found] if isinstance(found, str) else found
         if found is None:
             raise ValueError("evaluation needs an eval_dataset")
         return eval_dataloader(self, self._slices, found)
@@ -68,7 +68,8 @@ class SlicedEvaluation(Trainer):
             )
             return found
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss, None, None
 
 
 def mean_loss(total: Tensor, num_labels: int, group: SequenceGroup) -> Tensor:
