@@ -238,7 +238,10 @@ def check_plain_teacher(group: SequenceGroup) -> dict[str, float]:
 
 
 def check_evaluation(group: SequenceGroup) -> dict[str, float]:
-    """`SparseTrainer.evaluate` over slices, five rows with unequal numbers of labels: the mean of the rows' losses."""
+    """`SparseTrainer.evaluate` over slices, five rows with unequal numbers of labels: the mean of the rows' losses.
+
+    `predict`, which returns logits, takes whole rows, each process its own.
+    """
     model = make_model(**GROUPED).eval()
     apply_config(model, SparseConfig.from_dict({"sparse": STREAMING}), torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]]))
     rows = [take(make_rows([[20, 44], [64], [33, 31], [7, 57], [40, 24]]), slice(n, n + 1)) for n in range(5)]
@@ -256,15 +259,19 @@ def check_evaluation(group: SequenceGroup) -> dict[str, float]:
         settings: dict[str, Any] = {"per_device_eval_batch_size": 1, "report_to": "none", "disable_tqdm": True}
         arguments = TrainingArguments(folder, use_cpu=not CUDA, bf16=CUDA, remove_unused_columns=False, **settings)
         unbatched = [{key: value[0].cpu() for key, value in row.items()} for row in rows]
-        trainer = SparseTrainer(model, arguments, eval_dataset=unbatched, data_collator=collate)
+        trainer = SparseTrainer(model, arguments, eval_dataset={"held": unbatched}, data_collator=collate)
         trainer.remove_callback(PrinterCallback)
         enable_sequence_parallel(model, group)
-        found = trainer.evaluate()["eval_loss"]
+        found = trainer.evaluate()["eval_held_loss"]
+        slices, seen[:] = list(seen), []
+        predicted = trainer.predict(unbatched)
+    assert predicted.predictions.shape == (5, 64 * TIMES, VOCABULARY) and set(seen) == {64 * TIMES}
     disable_sequence_parallel(model)
     hook.remove()
     number = -(-len(rows) // group.data_size)
-    assert seen == [64 * TIMES // group.size] * number, seen
-    return {"loss": abs(found - torch.stack(expected).mean().item()), "gradient": 0.0}
+    assert slices == [64 * TIMES // group.size] * number, slices
+    truth = torch.stack(expected).mean().item()
+    return {"loss": max(abs(found - truth), abs(predicted.metrics["test_loss"] - truth)), "gradient": 0.0}
 
 
 def _slice(x: Tensor, group: SequenceGroup) -> Tensor:

@@ -38,12 +38,12 @@ class SlicedEvaluation(Trainer):
 
     @contextmanager
     def _sliced(self, group: SequenceGroup) -> Iterator[None]:
-        before, self.gather_function = self.gather_function, rows_of_groups(self, group)
-        self._slices = group
+        before = self._slices, self.gather_function
+        self._slices, self.gather_function = group, rows_of_groups(self, group)
         try:
             yield
         finally:
-            self._slices, self.gather_function = None, before
+            self._slices, self.gather_function = before
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset[Any] | None = None) -> DataLoader[Any]:
         if self._slices is None:
