@@ -5,6 +5,7 @@ With LoRA, compiled layers and shared rows too; and a run goes on under another 
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,15 +148,18 @@ def check_taken_over(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["gates"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-OTHER_NUMBER = ["ddp:masks_and_weights:own", "fsdp2:masks_and_weights:own", "zero3:masks_and_weights:own"]
-OTHER_NUMBER += ["fsdp2:lora:own"]
+FRESH = ["ddp:masks_and_weights", "fsdp2:masks_and_weights", "zero3:masks_and_weights"]
+OTHER_NUMBER = [f"{case}:own" for case in FRESH]
 
 
 @pytest.fixture(scope="module")
-def four_processes(worker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("four")
-    worker.save_base_model(folder)
-    return folder, launch("cpu", folder, [case.removesuffix(":own") for case in OTHER_NUMBER], num_processes=4)
+def four_processes(
+    folder: Path, two_processes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Four that go on from two, and then four that begin anew, in a copy of the folder."""
+    four = tmp_path_factory.mktemp("four") / "runs"
+    shutil.copytree(folder, four)
+    return four, launch("cpu", four, OTHER_NUMBER + FRESH, num_processes=4)
 
 
 def check_other_number(case: str, found: dict[str, Any], saved: dict[str, Any], alone: dict[str, Any]) -> None:
@@ -176,11 +180,13 @@ def check_other_number(case: str, found: dict[str, Any], saved: dict[str, Any], 
             torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_four_processes_take_over_two(folder: Path, one_process: dict[str, Any], two_processes: dict[str, Any]) -> None:
-    for case, found in launch("cpu", folder, OTHER_NUMBER, num_processes=4).items():
-        assert found["num_processes"] == 4
-        saved = two_processes[case.removesuffix(":own")]["saved"]
-        check_other_number(case, found, saved, one_process[case.split(":")[1]])
+def test_four_processes_take_over_two(
+    one_process: dict[str, Any], two_processes: dict[str, Any], four_processes: tuple[Path, dict[str, Any]]
+) -> None:
+    for case in OTHER_NUMBER:
+        left, found = two_processes[case.removesuffix(":own")], four_processes[1][case]
+        assert (left["num_processes"], found["num_processes"]) == (2, 4)
+        check_other_number(case, found, left["saved"], one_process["masks_and_weights"])
 
 
 def test_two_processes_take_over_four(one_process: dict[str, Any], four_processes: tuple[Path, dict[str, Any]]) -> None:
@@ -188,7 +194,7 @@ def test_two_processes_take_over_four(one_process: dict[str, Any], four_processe
     for case, found in launch("cpu", folder, OTHER_NUMBER).items():
         left = four[case.removesuffix(":own")]
         assert (left["num_processes"], found["num_processes"]) == (4, 2)
-        check_other_number(case, found, left["saved"], one_process[case.split(":")[1]])
+        check_other_number(case, found, left["saved"], one_process["masks_and_weights"])
 
 
 @pytest.mark.parametrize("run", ["ddp-masks_and_weights", "zero3-masks_and_weights"])

@@ -136,7 +136,7 @@ def arguments(folder: Path, engine: str, **overrides: Any) -> TrainingArguments:
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "adam_epsilon": 1e-4,  # or the rounding of gradients near 0 becomes steps of the whole rate
-        "max_grad_norm": 0.8,  # the gradients are larger
+        "max_grad_norm": 0.2,  # the gradients are larger
         "save_strategy": "steps",
         "save_steps": 2,
         "report_to": "none",

@@ -26,12 +26,13 @@ def train_dataloader(trainer: Trainer, group: SequenceGroup) -> DataLoader[Any]:
     dataset, args = trainer.train_dataset, trainer.args
     if dataset is None:
         raise ValueError("training needs a train_dataset")
-    options: dict[str, Any] = {"batch_size": args.train_batch_size}
+    options: dict[str, Any] = {
+        "batch_size": args.train_batch_size,
+        "persistent_workers": args.dataloader_persistent_workers,
+    }
     if not isinstance(dataset, IterableDataset):
         options["sampler"] = trainer._get_train_sampler(dataset)
         options["worker_init_fn"] = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=group.data_rank)
-    if args.dataloader_num_workers:
-        options["persistent_workers"] = args.dataloader_persistent_workers
     return _dataloader(trainer, group, dataset, options)
 
 
