@@ -50,6 +50,7 @@ OBJECTIVES = {
     "masks": ObjectiveConfig(lm=0.5, kl=1.0),
     "masks_and_weights": ObjectiveConfig(lm=1.0, kl=0.5),
     "lora": ObjectiveConfig(lm=1.0, kl=0.5),  # masks and weights, with an adapter
+    "qlora": ObjectiveConfig(lm=1.0, kl=0.5),  # the same over weights in 4 bits
     "sft": ObjectiveConfig(lm=1.0, kl=0.0),
     "sft_taught": ObjectiveConfig(lm=0.5, kl=1.0),  # with a teacher of its own
 }
@@ -107,8 +108,10 @@ def split(engine: str) -> tuple[str, str]:
     return base, variant
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    model = load_base(str(folder), dtype())
+def load_model(folder: Path, stage: str) -> PreTrainedModel:
+    device = DEVICE if DEVICE == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    name = str(folder / ("adapter" if "lora" in stage else "model"))
+    model = load_base(name, dtype(), quantization="nf4" if stage == "qlora" else None, device=device)
     return sparsify(model, SparseConfig(sparse=Streaming(num_sink_tokens=1, window_size=6), head_masks="all_full"))
 
 
@@ -256,14 +259,14 @@ def whole_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 def make_trainer(folder: Path, engine: str, stage: str, **overrides: Any) -> SparseTrainer:
     args = arguments(folder / f"{engine}-{stage}", engine, **overrides)
     allow_fsdp_on_cpu(args)
-    model = load_model(folder / ("adapter" if stage == "lora" else "model"))
+    model = load_model(folder, stage)
     teacher = None
     if stage.startswith("sft"):
         set_head_masks(model, torch.tensor([[1, 0], [0, 1]]))
     if stage == "sft_taught":
         with outside_zero3():
             teacher = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype())
-    real: Any = {"lora": "masks_and_weights", "sft_taught": "sft"}.get(stage, stage)
+    real: Any = {"lora": "masks_and_weights", "qlora": "masks_and_weights", "sft_taught": "sft"}.get(stage, stage)
     prepare_stage(model, real, MASKS)
     if split(engine)[1] == "compiled":
         compile_layers(model, CompileConfig())
