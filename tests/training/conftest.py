@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,36 @@ def run_yaml(run_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Calla
         return path
 
     return write
+
+
+@pytest.fixture
+def wandb_rows() -> Callable[[Path], Iterator[dict[str, Any]]]:
+    """Reads wandb's own file."""
+    block, full, first, last = 32768, 1, 2, 4
+
+    def rows(path: Path) -> Iterator[dict[str, Any]]:
+        """The logged rows of an offline run: a 7-byte header, then LevelDB's log format with protobuf records.
+
+        What lies inside a value has its path as its name, joined by dots.
+        """
+        from wandb.proto import wandb_internal_pb2
+
+        data = path.read_bytes()
+        assert data[:4] == b":W&B"
+        offset, buffer = 7, b""
+        while offset + 7 <= len(data):
+            if (room := block - offset % block) < 7:
+                offset += room
+                continue
+            _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+            piece = data[offset + 7 : offset + 7 + length]
+            offset += 7 + length
+            buffer = piece if kind in (full, first) else buffer + piece
+            if kind in (full, last):
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(buffer)
+                if record.WhichOneof("record_type") == "history":
+                    items = record.history.item
+                    yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    return rows

@@ -1,7 +1,5 @@
 """Mask maps over time: kept in the run's folder, drawn, and read back from wandb's and tensorboard's own files."""
 
-import json
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sparse_hf_training.run import RunResult, run_training
 from sparse_hf_training.typed_config import build
 
 Values = Callable[..., dict[str, Any]]
+WandbRows = Callable[[Path], Iterator[dict[str, Any]]]
 
 SCALARS = {
     "loss",
@@ -146,38 +145,8 @@ def test_map_has_a_cell_per_head(tmp_path: Path) -> None:
     plot_mask_history([snapshot(n) for n in range(40)], tmp_path / "many.png")
 
 
-BLOCK = 32768
-FULL, FIRST, LAST = 1, 2, 4
-
-
-def wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The logged rows of an offline run: a 7-byte header, then LevelDB's log format with protobuf records.
-
-    What lies inside a value has its path as its name, joined by dots.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    offset, buffer = 7, b""
-    while offset + 7 <= len(data):
-        if (room := BLOCK - offset % BLOCK) < 7:
-            offset += room
-            continue
-        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
-        piece = data[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        buffer = piece if kind in (FULL, FIRST) else buffer + piece
-        if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(buffer)
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
 def test_wandb_offline_gets_figures_and_maps(
-    run_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_values: Values, wandb_rows: WandbRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = pytest.importorskip("wandb")
     for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):

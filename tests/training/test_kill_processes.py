@@ -21,6 +21,7 @@ from sparse_hf_training.checkpoint import MARKER, checkpoints, is_complete
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STEPS, SAVE = 24, 3
+ENGINES = {"ddp": "DDP", "zero2": "DeepSpeed ZeRO-2", "fsdp2": "FSDP2"}
 TRAINER = {"max_steps": STEPS, "save_steps": SAVE, "logging_steps": SAVE, "lr_scheduler_type": "cosine"}
 
 
@@ -66,16 +67,26 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in json.loads((folder / "history.json").read_text()) if "loss" in row]
 
 
-@pytest.mark.parametrize("engine, victim", [("ddp", "one"), ("zero2", "all, amid a save")])
+@pytest.mark.parametrize(
+    "engine, lora, victim",
+    [("ddp", False, "one"), ("zero2", False, "all, amid a save"), ("fsdp2", True, "all, amid a save")],
+)
 def test_killed_run_of_two_processes_ends_as_one_left_alone(
-    run_yaml: Callable[..., Path], tmp_path: Path, engine: str, victim: str
+    run_yaml: Callable[..., Path], tmp_path: Path, engine: str, lora: bool, victim: str
 ) -> None:
     trainer: dict[str, Any] = dict(TRAINER)
     if engine == "zero2":
         pytest.importorskip("deepspeed")
         trainer["deepspeed"] = str(ROOT / "configs" / "deepspeed" / "zero2.json")
-    objective = {"lm": 1.0, "kl": 1.0}
-    config = run_yaml(stage="masks_and_weights", objective=objective, evaluation={}, trainer=trainer)
+    elif engine == "fsdp2":
+        trainer |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    config = run_yaml(
+        stage="masks_and_weights",
+        lora={"rank": 4, "alpha": 8} if lora else None,
+        objective={"lm": 1.0, "kl": 1.0},
+        evaluation={},
+        trainer=trainer,
+    )
     alone, run, log = tmp_path / "alone", tmp_path / "run", tmp_path / "log"
     finish(start(config, log, f"output_dir={alone}"), log)
 
@@ -100,12 +111,13 @@ def test_killed_run_of_two_processes_ends_as_one_left_alone(
     if victim != "one":
         assert not is_complete(checkpoints(run)[-1])
     finish(start(config, log, f"output_dir={run}"), log)
-    assert f"engine: {'DDP' if engine == 'ddp' else 'DeepSpeed ZeRO-2'}, 2 processes, cpu" in log.read_text()
+    assert f"engine: {ENGINES[engine]}, 2 processes, cpu" in log.read_text()
 
     scores = [load_artefact(folder / "artefact").scores for folder in (alone, run)]
     assert scores[0] is not None and scores[1] is not None and torch.equal(scores[0], scores[1])
-    weights = load_file(run / "artefact" / "model.safetensors")
-    for name, tensor in load_file(alone / "artefact" / "model.safetensors").items():
+    file = Path("artefact") / ("adapter_model.safetensors" if lora else "model.safetensors")
+    weights = load_file(run / file)
+    for name, tensor in load_file(alone / file).items():
         assert torch.equal(tensor, weights[name]), name
     assert losses(run) == losses(alone) and len(losses(run)) == STEPS // SAVE
     assert all(is_complete(path) for path in checkpoints(run))

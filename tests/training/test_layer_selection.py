@@ -72,6 +72,41 @@ def test_a_second_run_measures_nothing_again(values: dict[str, Any], monkeypatch
     assert load_artefact(run(values).artefact).config == first.config
 
 
+def test_run_is_recorded(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run.json` and `data.json`, of a session that failed and of one that went on from it."""
+
+    def run_json() -> dict[str, Any]:
+        return json.loads((tmp_path / "run" / "run.json").read_text())
+
+    measure, seen = TriangleCalibrator.run, []
+
+    def measured(*args: Any) -> Any:
+        assert run_json()["status"] == "running"
+        seen.append(args)
+        if len(seen) == 3:
+            raise ValueError("the third sequence\nis not to be read")
+        return measure(*args)
+
+    monkeypatch.setattr(TriangleCalibrator, "run", measured)
+    with pytest.raises(ValueError, match="the third sequence"):
+        run(values)
+    failed = run_json()
+    assert failed["status"] == "failed" and "ValueError: the third sequence" in failed["sessions"][0]["reason"]
+    result = run(values)
+    record = run_json()
+    assert [session["status"] for session in record["sessions"]] == ["failed", "finished"]
+    assert record["status"] == "finished" and "result" not in failed
+    assert record["config"] == json.loads(json.dumps(build(RunConfig, values).to_dict()))
+    assert record["seeds"] == {"data": 0, "evaluation": 1234}
+    session = record["sessions"][1]
+    assert (session["world_size"], session["engine"]) == (1, "one process, cpu") and "torch" in session["versions"]
+    assert record["result"]["stage"] == "layer_selection"
+    assert [row["case"] for row in record["result"]["figures"]] == [figure.case for figure in result.figures] != []
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert report == json.loads(json.dumps(result.data.report.to_dict()))
+    assert report["rows"] == 4 and report["sources"][0]["packing"]["documents"] == 5
+
+
 def test_later_stages_start_from_its_layers(values: dict[str, Any], run_values: Values, tmp_path: Path) -> None:
     values["evaluation"] = {}
     layers = run(values)

@@ -1,4 +1,4 @@
-"""LoRA with masks in two processes, under every engine, does what one process does on the same rows."""
+"""LoRA with masks in two processes, under every engine and on shared rows, does what one process does."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from sparse_hf_training.run import run_training
 WORKERS = Path(__file__).parent / "workers"
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "ddp, shared rows": {},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
     **{
         f"zero{stage}": {
@@ -58,6 +59,7 @@ def test_runs_equal_one_process(run_values: Callable[..., dict[str, Any]], tmp_p
             objective={"lm": 1.0, "kl": 0.5},
             evaluation={},
             trainer={"per_device_train_batch_size": batch, "save_steps": 4, "learning_rate": 1e-3, **extra},
+            seq_parallel_size=2 if "shared" in name else 1,
             output_dir=str(tmp_path / name),
         )
         path = tmp_path / f"{name}.yaml"
@@ -67,7 +69,7 @@ def test_runs_equal_one_process(run_values: Callable[..., dict[str, Any]], tmp_p
     head = {name: [] if name == "zero3" else ["lm_head"] for name in ENGINES}
     for name, whole in (("one", ["lm_head"]), ("one-zero3", [])):
         run_training(RunConfig.load(written(name, 2, whole, {})))
-    told = launch(*(written(name, 1, head[name], extra) for name, extra in ENGINES.items()))
+    told = launch(*(written(name, 2 if "shared" in name else 1, head[name], extra) for name, extra in ENGINES.items()))
     for name in ("DDP, 2", "FSDP2, 2", "ZeRO-2, 2", "ZeRO-3, 2"):
         assert name in told
     for name in ENGINES:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_hf_training.checkpoint import PREFIX, load_mask_state, save_mask_state
 from sparse_hf_training.masks import MaskLearning
 from sparse_hf_training.optimizer import MaskOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 class MaskStepCallback(TrainerCallback):
@@ -49,21 +52,41 @@ class MaskLearningCallback(MaskStepCallback):
     """For trainers other than `SparseTrainer`, whatever loss they compute: also gives the gates the penalty's gradient.
 
         learning = attach_mask_learning(model, MaskLearningConfig(...))
-        trainer = SFTTrainer(model, ..., callbacks=[MaskLearningCallback(learning)])
+        trainer = SFTTrainer(model, ...)
+        MaskLearningCallback(learning).add_to(trainer)
 
     The penalty depends on gates and multipliers alone, which no engine holds: its gradient is added once per optimizer
     step, and its value is logged as `loss/penalty` beside the trainer's own `loss`. Gates and multipliers are saved in
     each checkpoint and read back from the one that the trainer resumes from.
+
+    `add_to` puts it before wandb's, tensorboard's and other trackers' callbacks, which send each row as they find it.
+    With `callbacks=[MaskLearningCallback(learning)]` it stands after them, and they miss what it logs.
 
     Raises:
         ValueError: in the first step, if the trainer's loss gives the gates no gradient; at the start of a resumed run,
             if its checkpoint holds no gates.
     """
 
+    def __init__(self, learning: MaskLearning) -> None:
+        super().__init__(learning)
+        self._before_trackers = False
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Adds the callback to a trainer, or moves it to its place."""
+        callbacks: list[TrainerCallback] = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
+        self._before_trackers = True
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        if args.report_to and not self._before_trackers and state.is_world_process_zero:
+            logger.warning(
+                "the masks' figures are in log_history, but %s will miss them: call "
+                "MaskLearningCallback(learning).add_to(trainer) instead of passing it in `callbacks`",
+                ", ".join(args.report_to),
+            )
         if state.global_step:
             folder = _checkpoint(args, state)
             load_mask_state(self.learning, folder)

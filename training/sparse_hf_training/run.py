@@ -32,7 +32,13 @@ from sparse_hf_training.layer_selection import training_sequences
 from sparse_hf_training.masks import detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
 from sparse_hf_training.objectives import outside_zero3
-from sparse_hf_training.observe.attach import begin_record, draw_mask_history, observe_training, summarize
+from sparse_hf_training.observe.attach import (
+    begin_record,
+    begin_selection_record,
+    draw_mask_history,
+    observe_training,
+    summarize,
+)
 from sparse_hf_training.observe.run_record import recorded
 from sparse_hf_training.observe.summary import RunSummary
 from sparse_hf_training.peft import add_lora, base_name, check_adapter_engine
@@ -145,9 +151,7 @@ def run_training(
     console.print(f"engine: {trainer.engine}", highlight=False)
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
-    from_main_process(lambda: data.report.write(output / DATA_REPORT_NAME))
-    for line in data.report.lines():
-        console.print(line, highlight=False, markup=False)
+    _tell_data(data, output, console)
     throughput = observe_training(trainer, config, output)
     record = begin_record(trainer, config, output, resume_from)
     with recorded(record):
@@ -223,8 +227,10 @@ def _select_layers(
     sequences = training_sequences(data.rows, count)
     calibrator = config.layer_selection.calibrator(model, sequences.shape[1], config.data.seed)
     claim_output(config, output)
+    _tell_data(data, output, console)
+    record = begin_selection_record(config, output, arguments.device)
     model.to(arguments.device)  # type: ignore[arg-type]
-    with doing(console, "selecting layers"):
+    with recorded(record), doing(console, "selecting layers"):
         found = calibrate(
             model,
             sequences,
@@ -239,10 +245,11 @@ def _select_layers(
         before = judge(model) if judge is not None and before is None else before
         sparsify(model, found.folder)
         after = None if judge is None else judge(model)
-    figures = list(found.outcome.figures)
-    if judge is not None and before is not None and after is not None:
-        figures += judgement_figures(judge, before, after, model)
-    write_figures(output / FIGURES_NAME, figures, command=command)
+        figures = list(found.outcome.figures)
+        if judge is not None and before is not None and after is not None:
+            figures += judgement_figures(judge, before, after, model)
+        write_figures(output / FIGURES_NAME, figures, command=command)
+        record.end("finished", result={"stage": config.stage, "figures": [asdict(figure) for figure in figures]})
     return RunResult(
         model=model,
         artefact=found.folder,
@@ -253,6 +260,13 @@ def _select_layers(
         data=data,
         figures=tuple(figures),
     )
+
+
+def _tell_data(data: TrainingData, output: Path, console: Console) -> None:
+    """Keeps what became of the documents in the run's folder, and shows it."""
+    from_main_process(lambda: data.report.write(output / DATA_REPORT_NAME))
+    for line in data.report.lines():
+        console.print(line, highlight=False, markup=False)
 
 
 def _load_teacher(config: RunConfig) -> PreTrainedModel:

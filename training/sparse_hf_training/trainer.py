@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
 
 from sparse_hf.lora import adapters_disabled, unwrapped
 from sparse_hf.patching import dense, dense_heads, get_handle, set_head_masks
@@ -43,6 +42,7 @@ from sparse_hf_training.sequence_parallel import (
     is_sequence_parallel,
     sequence_parallel_disabled,
 )
+from sparse_hf_training.sequence_parallel.evaluation import SlicedEvaluation, mean_loss
 from sparse_hf_training.sequence_parallel.loading import count_shifted_labels, train_dataloader
 
 
@@ -50,7 +50,7 @@ class TrainingDiverged(ValueError):
     """The loss, or what is trained, is no longer finite."""
 
 
-class SparseTrainer(EngineCheckpoints):
+class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
     """Trains the gates and weights that `prepare_stage` left trainable.
 
     The data's order is the data set's own: item i of a seeded data set is fixed, so a resumed run sees what it would
@@ -160,9 +160,10 @@ class SparseTrainer(EngineCheckpoints):
             return language_modeling_loss(outputs.logits[kept], targets) / max(targets.numel(), 1), outputs
         objective = replace(self.objective, lm=1.0, kl=0.0, hidden=0.0)
         head = self._loss_head(self.accelerator.unwrap_model(model))
-        scale = 1.0 / max(targets.numel(), 1)
+        scale = 1.0 if self._slices is not None else 1.0 / max(targets.numel(), 1)
         value = head.loss(lambda: model(**inputs), kept, targets, objective, scale=scale)
-        return (value.loss, value.outputs) if return_outputs else value.loss
+        loss = value.loss if self._slices is None else mean_loss(value.loss, targets.numel(), self._slices)
+        return (loss, value.outputs) if return_outputs else loss
 
     @torch.no_grad()
     def _teacher_states(self, inputs: dict[str, Any], kept: Tensor) -> TeacherStates:
@@ -252,22 +253,15 @@ class SparseTrainer(EngineCheckpoints):
 
     # ---- evaluation and logs ----
 
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        with sequence_parallel_disabled(self.accelerator.unwrap_model(self.model)):
-            return super().predict(*args, **kwargs)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with sequence_parallel_disabled(self.accelerator.unwrap_model(self.model)):
-            return self._evaluate_whole_rows(*args, **kwargs)
-
-    def _evaluate_whole_rows(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         if self.learning is not None:
             set_head_masks(model, self.learning.head_masks())
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.judge is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            judged = {f"{prefix}_{name}": value for name, value in self.judge(model).items()}
+            with sequence_parallel_disabled(model):
+                judged = {f"{prefix}_{name}": value for name, value in self.judge(model).items()}
             self.log(judged)
             metrics.update(judged)
         return metrics

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from sparse_hf.config import SparseConfig
 from sparse_hf.patching import apply_config, dense
@@ -35,6 +36,7 @@ from sparse_hf_training.sequence_parallel import (
     shard_batch,
     time_exchanges,
 )
+from sparse_hf_training.trainer import SparseTrainer
 
 CUDA = sys.argv[1:] == ["cuda"]
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
@@ -235,6 +237,43 @@ def check_plain_teacher(group: SequenceGroup) -> dict[str, float]:
     return {"loss": error.item(), "gradient": 0.0}
 
 
+def check_evaluation(group: SequenceGroup) -> dict[str, float]:
+    """`SparseTrainer.evaluate` over slices, five rows with unequal numbers of labels: the mean of the rows' losses.
+
+    `predict`, which returns logits, takes whole rows, each process its own.
+    """
+    model = make_model(**GROUPED).eval()
+    apply_config(model, SparseConfig.from_dict({"sparse": STREAMING}), torch.tensor([[1, 0, 1, 0], [1, 1, 0, 0]]))
+    rows = [take(make_rows([[20, 44], [64], [33, 31], [7, 57], [40, 24]]), slice(n, n + 1)) for n in range(5)]
+    for number, row in enumerate(rows):
+        row["labels"][:, : 12 * number * TIMES] = -100  # the first ranks' slices of the later rows have none
+    alone = SequenceGroup(name="", rank=0, size=1, data_rank=0, data_size=1)
+    with torch.no_grad():
+        batches = [shard_batch(row, alone) for row in rows]
+        expected = [losses(model, batch, False) / batch["shift_labels"].ne(-100).sum() for batch in batches]
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"per_device_eval_batch_size": 1, "report_to": "none", "disable_tqdm": True}
+        arguments = TrainingArguments(folder, use_cpu=not CUDA, bf16=CUDA, remove_unused_columns=False, **settings)
+        unbatched = [{key: value[0].cpu() for key, value in row.items()} for row in rows]
+        trainer = SparseTrainer(model, arguments, eval_dataset={"held": unbatched}, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        enable_sequence_parallel(model, group)
+        found = trainer.evaluate()["eval_held_loss"]
+        slices, seen[:] = list(seen), []
+        predicted = trainer.predict(unbatched)
+    assert predicted.predictions.shape == (5, 64 * TIMES, VOCABULARY) and set(seen) == {64 * TIMES}
+    disable_sequence_parallel(model)
+    hook.remove()
+    number = -(-len(rows) // group.data_size)
+    assert slices == [64 * TIMES // group.size] * number, slices
+    truth = torch.stack(expected).mean().item()
+    return {"loss": max(abs(found - truth), abs(predicted.metrics["test_loss"] - truth)), "gradient": 0.0}
+
+
 def _slice(x: Tensor, group: SequenceGroup) -> Tensor:
     return x.chunk(group.size, dim=1)[group.rank]
 
@@ -269,6 +308,7 @@ def main() -> None:
         "disabled": check_disabled,
         "memory": check_saved,
         "plain model": check_plain_teacher,
+        "evaluation": check_evaluation,
     }
     for name, run in cases.items():
         for group in groups:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.lora import has_adapter, read_adapter
@@ -18,7 +22,12 @@ from sparse_hf_training.checkpoint import load_mask_state, save_mask_state
 from sparse_hf_training.engines.engine import REPLICATED, Engine
 from sparse_hf_training.engines.resume import ResumePlan, resume_plan
 from sparse_hf_training.engines.unused import remove_unused_parameter
-from sparse_hf_training.engines.weights import load_whole_weights
+from sparse_hf_training.engines.weights import (
+    load_trained_shards,
+    load_whole_weights,
+    save_trained_shards,
+    saves_shards,
+)
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -61,12 +70,44 @@ class EngineCheckpoints(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._weights_train or self.engine.name in REPLICATED:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            # The engine would write all frozen weights.
+        # The engines would write all frozen weights.
+        if self._shards_an_adapter:
+            sharded: Any = self.model
+            save_trained_shards(sharded, Path(output_dir))
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, sharded, output_dir)
+            self._save_scheduler(output_dir)
+        elif self._weights_train or self.engine.name in REPLICATED:
+            with self._frozen_left_out():
+                super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            self._save_scheduler(output_dir)
+
+    def _save_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    @property
+    def _has_adapter(self) -> bool:
+        return self._weights_train and has_adapter(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def _shards_an_adapter(self) -> bool:
+        return self.engine.name == "fsdp2" and self._has_adapter and saves_shards(self.accelerator)
+
+    @contextmanager
+    def _frozen_left_out(self) -> Iterator[None]:
+        """DeepSpeed leaves frozen weights out beside an adapter. transformers asks it to for a PeftModel alone."""
+        engine: Any = self.model_wrapped
+        if not self.engine.is_deepspeed or not self._has_adapter:
+            yield
+            return
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        try:
+            yield
+        finally:
+            del engine.save_checkpoint
 
     # ---- resuming ----
 
@@ -90,6 +131,8 @@ class EngineCheckpoints(Trainer):
         own: Any = self.model
         if self.engine.name in REPLICATED and has_adapter(own):
             read_adapter(own, Path(resume_from_checkpoint))
+        elif self._shards_an_adapter:
+            load_trained_shards(own, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -107,8 +150,13 @@ class EngineCheckpoints(Trainer):
         if plan == "weights":
             # Before the engine makes its fp32 copies and shards of them.
             load_whole_weights(self.accelerator.unwrap_model(self.model), checkpoint)
-        given = resume_from_checkpoint if plan == "state" else None
+        own = plan == "state" and self.engine.is_deepspeed and self._has_adapter
+        given = resume_from_checkpoint if plan == "state" and not own else None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, given)
+        if own:
+            # Frozen weights are not in there, and what bitsandbytes keeps beside them is no parameter.
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
         if plan != "state":
             state = torch.load(checkpoint / SCHEDULER_FILE, weights_only=True)
             assert self.lr_scheduler is not None

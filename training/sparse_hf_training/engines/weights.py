@@ -19,6 +19,8 @@ from sparse_hf.lora import ADAPTER_WEIGHTS_FILE, has_adapter, read_adapter
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+SHARDS = "pytorch_model_fsdp_0"  # accelerate's name
+
 
 def whole_weights(
     accelerator: Accelerator, wrapped: torch.nn.Module, dtype: torch.dtype | None = None
@@ -54,6 +56,39 @@ def export_weights(trainer: Trainer, trained: bool, dtype: torch.dtype | None) -
     with _gathered(embedding):
         whole = embedding.full_tensor() if hasattr(embedding, "full_tensor") else embedding
         return {name: whole.detach().to(dtype).cpu()}
+
+
+def saves_shards(accelerator: Accelerator) -> bool:
+    """Whether FSDP2 is configured to save shards, not whole weights."""
+    from torch.distributed.fsdp import StateDictType
+
+    return bool(accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT)
+
+
+def save_trained_shards(model: torch.nn.Module, folder: Path) -> None:
+    """Writes this process's shards of what trains, for any number of processes to read. Every process must call it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    save({"model": _trained_shards(model)}, storage_writer=FileSystemWriter(folder / SHARDS))
+
+
+def load_trained_shards(model: torch.nn.Module, folder: Path) -> None:
+    """Reads them back. Every process must call it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {"model": _trained_shards(model)}
+    load(state, storage_reader=FileSystemReader(folder / SHARDS))
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+
+
+def _trained_shards(model: torch.nn.Module) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from sparse_hf.patching import get_handle
@@ -52,6 +53,13 @@ def begin_record(trainer: SparseTrainer, config: RunConfig, output: Path, resume
         engine=str(trainer.engine),
         resumed_from=None if resume_from is None else checkpoint_step(resume_from),
     )
+    return RunRecord.begin(output / RECORD_NAME, config=config.to_dict(), seeds=seeds, session=session)
+
+
+def begin_selection_record(config: RunConfig, output: Path, device: torch.device) -> RunRecord:
+    """Begins `run.json` of the stage that trains nothing, in one process."""
+    seeds = {"data": config.data.seed, "evaluation": config.evaluation.seed}
+    session = describe_session(world_size=1, engine=f"one process, {device.type}", resumed_from=None)
     return RunRecord.begin(output / RECORD_NAME, config=config.to_dict(), seeds=seeds, session=session)
 
 

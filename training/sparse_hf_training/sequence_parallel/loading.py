@@ -1,4 +1,4 @@
-"""A `Trainer`'s training rows under sequence parallelism, and what it divides the loss by."""
+"""A `Trainer`'s rows under sequence parallelism, and what it divides the loss by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
@@ -23,23 +23,41 @@ def train_dataloader(trainer: Trainer, group: SequenceGroup) -> DataLoader[Any]:
 
     Row i goes to the group that would get it if each group were one process.
     """
-    dataset, args, accelerator = trainer.train_dataset, trainer.args, trainer.accelerator
+    dataset, args = trainer.train_dataset, trainer.args
     if dataset is None:
         raise ValueError("training needs a train_dataset")
-    collate: Any = trainer.data_collator
     options: dict[str, Any] = {
         "batch_size": args.train_batch_size,
-        "collate_fn": ShardingCollator(collate, group),
-        "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
-        "multiprocessing_context": args.dataloader_multiprocessing_context,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "drop_last": args.dataloader_drop_last,
     }
     if not isinstance(dataset, IterableDataset):
         options["sampler"] = trainer._get_train_sampler(dataset)
         options["worker_init_fn"] = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=group.data_rank)
+    return _dataloader(trainer, group, dataset, options)
+
+
+def eval_dataloader(trainer: Trainer, group: SequenceGroup, dataset: Dataset[Any]) -> DataLoader[Any]:
+    """Batches of an evaluation, shared as training's are."""
+    options: dict[str, Any] = {"batch_size": trainer.args.eval_batch_size}
+    if not isinstance(dataset, IterableDataset):
+        options["sampler"] = trainer._get_eval_sampler(dataset)
+    return _dataloader(trainer, group, dataset, options)
+
+
+def _dataloader(
+    trainer: Trainer, group: SequenceGroup, dataset: Dataset[Any], options: dict[str, Any]
+) -> DataLoader[Any]:
+    args, accelerator = trainer.args, trainer.accelerator
+    collate: Any = trainer.data_collator
+    options = {
+        "collate_fn": ShardingCollator(collate, group),
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "drop_last": args.dataloader_drop_last,
+        **options,
+    }
     loader: DataLoader[Any] = prepare_data_loader(
         DataLoader(dataset, **options),
         accelerator.device,
