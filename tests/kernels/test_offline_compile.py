@@ -100,7 +100,6 @@ SPILLS: dict[tuple[str, int], dict[int, int]] = {
     ("_column_forward_kernel", 120): {64: 96},
     ("_decode_kernel", 90): {64: 16, 128: 272},
     ("_decode_kernel", 80): {128: 288},
-    ("_decode_kernel", 89): {128: 288, 256: 1856},
 }
 """Bytes that (kernel and form, arch) may spill by head dimension, 0 where it is not named: the largest over dtypes and
 layouts with the ptxas that comes with Triton 3.6.0, rounded up."""
