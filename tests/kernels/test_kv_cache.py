@@ -149,7 +149,7 @@ def test_storing(
 @pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("kv_dtype", "group"), [(None, 1), (None, 3), ("int8", 2), ("fp8", 2)])
-@pytest.mark.parametrize("length", [0, 1, 40, 97])
+@pytest.mark.parametrize("length", [0, 1, 28, 64, 97])
 def test_decoding(
     name: str, kv_dtype: KVDtype | None, group: int, length: int, kv_history: Any, new_tokens: Callable
 ) -> None:
