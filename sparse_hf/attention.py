@@ -47,6 +47,10 @@ def sparse_attention_forward(
     Raises:
         ValueError: for what cannot be computed right: 4-D masks, dropout, attention weights, too long a sequence.
     """
+    if isinstance(key, PendingKV) and torch.compiler.is_compiling():
+        return _forward_untraced(
+            module, query, key, value, attention_mask, scaling, dropout, position_ids=position_ids, **kwargs
+        )
     state = _checked_state(module, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = None
@@ -62,6 +66,12 @@ def sparse_attention_forward(
         run = _dispatch_recorded if state.recorders else _dispatch
         out = run(state, query, key, value, attention_mask, position_ids, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _forward_untraced(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """`sparse_attention_forward` over a cache, which graphs leave out."""
+    return sparse_attention_forward(*args, **kwargs)
 
 
 def _dispatch(

@@ -472,10 +472,20 @@ class SparseCache(Cache):
         per_head = handle.config.cache_policy == "per_head"
         return cls([state.layout for state in handle.states], per_head, max_length=max_length, kv_dtype=kv_dtype)
 
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """The new tokens' `PendingKV`, twice. Compiled models break their graphs here, the same one for all layers:
+        what a cache holds changes from call to call."""
+        return self._sparse_layers[layer_idx].update(key_states, value_states)
+
     def expect(self, num_tokens: int) -> None:
         """Room for so many tokens is made at once, when the first of them come or when there is no room left."""
         for layer in self._sparse_layers:
             layer.expected_tokens = num_tokens
+
+    def storages(self) -> list[KVStorage]:
+        """Those of the layers that have seen tokens."""
+        return [layer.storage for layer in self._sparse_layers if layer.storage is not None]
 
     def kv_bytes(self) -> int:
         """Bytes that hold keys and values now, over all layers."""

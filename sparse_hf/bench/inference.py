@@ -18,6 +18,7 @@ from sparse_hf.bench.end_to_end import Models, WallClock, break_even_figures, ne
 from sparse_hf.bench.end_to_end_model import planted_prompt
 from sparse_hf.bench.inference_compare import BEST, Probe, Run, bounds, described
 from sparse_hf.bench.inference_graph import measure_graph_decode
+from sparse_hf.bench.inference_kernel import measure_kernel
 from sparse_hf.bench.inference_kv import store_random
 from sparse_hf.bench.inference_longest import measure_longest
 from sparse_hf.bench.inference_plan import KV_SHARE, MEMORY, Case, InferenceOptions, Where
@@ -175,6 +176,7 @@ MEASURES: Mapping[Case, Callable[[Run, Where], list[Figure]]] = {
     "short prompt": measure_short_prompt,
     "first token": measure_first_token,
     "prefill": measure_prefill,
+    "decode kernel": measure_kernel,
     "decode": measure_decode,
     "graph decode": measure_graph_decode,
     "longest context": measure_longest,

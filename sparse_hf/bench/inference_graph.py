@@ -1,13 +1,15 @@
-"""Decode steps without launch overhead: one token at a fixed context length, captured in a CUDA graph on both sides."""
+"""Decode steps without launch overhead: one token at a fixed context length, on both sides with compiled layers and
+captured in a CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo
 from transformers import Cache, PreTrainedModel
 
 from sparse_hf.bench.inference_compare import Call, Run, dense_contexts, described
@@ -54,6 +56,24 @@ def _sparse_step(model: PreTrainedModel, where: Where) -> Callable[[], object]:
     return captured_step(model, static_sparse_cache(model, *where, ROOM), where)
 
 
+@contextmanager
+def compiled_layers(model: PreTrainedModel) -> Iterator[None]:
+    """All of the decoder layers but attention and cache compiled, by the same few graphs for all layers.
+
+    Stock layers launch a dozen small kernels besides their matrix products, which would hide what attention takes.
+    """
+    layers = model.get_submodule("model.layers")
+    # Else every layer's number would be a graph of its own.
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for layer in layers.children():
+            layer.compile()
+        try:
+            yield
+        finally:
+            for layer in layers.children():
+                layer._compiled_call_impl = None
+
+
 @torch.no_grad()
 def captured_step(
     model: PreTrainedModel,
@@ -69,7 +89,7 @@ def captured_step(
     def step() -> Any:
         return model(token, position_ids=position, past_key_values=cache, use_cache=True).logits
 
-    with context():
+    with compiled_layers(model), context():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

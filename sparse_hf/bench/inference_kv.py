@@ -81,10 +81,20 @@ class PrefixLayer(CacheLayerMixin):
         return self.get_seq_length() + 1
 
 
+class PrefixCache(Cache):
+    """`PrefixLayer`s, which compiled layers leave out as they leave out a `SparseCache`."""
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, PrefixLayer)
+        return layer.update(key_states, value_states)
+
+
 def prefix_cache(model: PreTrainedModel, num_tokens: int, batch: int) -> Cache:
     """A cache for decode steps of a dense model after so many tokens, keys and values of its own in every layer."""
     layers = range(model_shape(model).num_layers)
-    return Cache(layers=[PrefixLayer(*random_kv(model, num_tokens + 1, batch)) for _ in layers])
+    return PrefixCache(layers=[PrefixLayer(*random_kv(model, num_tokens + 1, batch)) for _ in layers])
 
 
 @contextmanager
@@ -104,6 +114,7 @@ def without_mask(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+@torch.compiler.disable
 def _sdpa_of_all(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:

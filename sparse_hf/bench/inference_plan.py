@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from sparse_hf.bench.end_to_end_plan import ModelOptions, quoted, streaming_heads
 from sparse_hf.bench.plan import Bound, K, require_known, require_positive
@@ -13,15 +13,17 @@ from sparse_hf.config import SparseConfig
 from sparse_hf.methods import XAttention
 
 HALF, MOST, SELECTING = "streaming 50%", "streaming 70%", "streaming 70% + xattention"
+NONE = "dense heads"
 VARIANTS: Mapping[str, Callable[[int, int], SparseConfig]] = {
     HALF: partial(streaming_heads, share=0.5),
     MOST: partial(streaming_heads, share=0.7),
     SELECTING: partial(streaming_heads, share=0.7, full=XAttention()),
+    NONE: partial(streaming_heads, share=0.0),
 }
 """What makes a configuration for `num_layers` layers of `num_kv_heads` KV heads; the last one's other heads select."""
 
-Case = Literal["short prompt", "first token", "prefill", "decode", "graph decode", "longest context"]
-CASES: tuple[Case, ...] = ("short prompt", "first token", "prefill", "decode", "graph decode", "longest context")
+Case = Literal["short prompt", "first token", "prefill", "decode kernel", "decode", "graph decode", "longest context"]
+CASES: tuple[Case, ...] = get_args(Case)
 
 Where = tuple[int, int]
 """Tokens and batch."""
@@ -30,6 +32,7 @@ FULL: Mapping[Case, tuple[Where, ...]] = {
     "short prompt": ((2 * K, 1),),
     "first token": ((8 * K, 1), (8 * K, 4), (32 * K, 1), (128 * K, 1)),
     "prefill": ((8 * K, 1), (128 * K, 1)),
+    "decode kernel": ((32 * K, 1), (128 * K, 1), (128 * K, 4)),
     "decode": ((128 * K, 1), (128 * K, 4)),
     "graph decode": ((128 * K, 1), (128 * K, 4)),
     "longest context": ((0, 1),),
@@ -38,6 +41,7 @@ QUICK: Mapping[Case, tuple[Where, ...]] = {
     "short prompt": ((2 * K, 1),),
     "first token": ((8 * K, 1), (32 * K, 1)),
     "prefill": ((8 * K, 1),),
+    "decode kernel": ((32 * K, 1),),
     "decode": ((32 * K, 1),),
     "graph decode": ((32 * K, 1),),
     "longest context": ((0, 1),),
@@ -49,6 +53,7 @@ MIN_ROUNDS: Mapping[Case, int] = {"first token": 2, "prefill": 1, "decode": 3, "
 """A round of prefills of 128K tokens takes half a minute; every call has run once before the first round."""
 
 MEMORY, KV_SHARE = "prefill memory", "KV share of dense"
+KERNEL_SHARE, KERNEL_TIME = "decode kernel, share of copy bandwidth", "decode kernel time over bytes kept"
 BOUNDS: Mapping[tuple[str, str, Where], Bound] = {
     ("first token", MOST, (128 * K, 1)): Bound(1.8, 2.1),
     ("first token", SELECTING, (128 * K, 1)): Bound(2.5, 3.2),
@@ -57,11 +62,15 @@ BOUNDS: Mapping[tuple[str, str, Where], Bound] = {
     ("graph decode", MOST, (128 * K, 1)): Bound(1.4, 1.5),
     ("graph decode", MOST, (128 * K, 4)): Bound(2.0, 2.25),
     ("longest context", MOST, (0, 1)): Bound(2.5, 3.0),
+    (KERNEL_SHARE, NONE, (32 * K, 1)): Bound(0.85, 0.93),
+    (KERNEL_SHARE, NONE, (128 * K, 1)): Bound(0.85, 0.93),
+    (KERNEL_TIME, MOST, (128 * K, 1)): Bound(1.2, 1.1, True),
+    (KERNEL_TIME, MOST, (128 * K, 4)): Bound(1.2, 1.1, True),
     (KV_SHARE, HALF, (128 * K, 1)): Bound(0.51, 0.51, True),
     (KV_SHARE, MOST, (128 * K, 1)): Bound(0.31, 0.31, True),
     (KV_SHARE, SELECTING, (128 * K, 1)): Bound(0.31, 0.31, True),
-    **{(MEMORY, name, (128 * K, 1)): Bound(2.0, 1.0, True) for name in VARIANTS},
-    **{("short prompt", name, (2 * K, 1)): Bound(1.03, 1.0, True) for name in VARIANTS},
+    **{(MEMORY, name, (128 * K, 1)): Bound(2.0, 1.0, True) for name in VARIANTS if name != NONE},
+    **{("short prompt", name, (2 * K, 1)): Bound(1.03, 1.0, True) for name in VARIANTS if name != NONE},
 }
 """By figure, variant, tokens and batch. Those of a case are of its ratio to dense."""
 
@@ -124,9 +133,11 @@ class InferenceOptions(ModelOptions):
         """The variants of a case: xattention decodes as dense heads do, and at batch 4 memory is scarce."""
         if self.variants:
             return self.variants
+        if case == "decode kernel":
+            return (NONE, MOST) if batch == 1 else (MOST,)
         if case in ("decode", "graph decode"):
             return (MOST,) if batch > 1 or case == "graph decode" else (HALF, MOST)
-        return (HALF, MOST) if case == "longest context" else tuple(VARIANTS)
+        return (HALF, MOST) if case == "longest context" else (HALF, MOST, SELECTING)
 
     def bound(self, figure: str, variant: str, where: Where) -> Bound | None:
         """What was asked for, which holds for the default model."""

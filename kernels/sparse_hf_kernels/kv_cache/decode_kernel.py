@@ -9,6 +9,8 @@ lengths; the last one to have done so counts the new token, so that a captured g
 import triton
 import triton.language as tl
 
+from sparse_hf_kernels.kv_cache.store_kernel import quantized
+
 NEVER = tl.constexpr(-1e30)
 """The maximum over no scores: finite, so that differences stay defined, and below any score."""
 
@@ -80,8 +82,74 @@ def _visit(
 
 
 @triton.jit
+def _attend_blocks(
+    q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last, sink_blocks, low_block,
+    length, stored, low, sinks, linear, max_distance, scale,
+    BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, QUANTIZED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The softmax over a head's blocks `first` to `last`: maximum, sum of weights, and weighted values."""
+    top = tl.full([BG], NEVER, tl.float32)
+    total = tl.zeros([BG], tl.float32)
+    acc = tl.zeros([BG, BD], tl.float32)
+    # Blocks that are read from end to end: no masks, no addresses but the block's.
+    far = max_distance < LARGEST_DISTANCE
+    clear = tl.where((low > 0) | far, 0, stored // BN)
+    last_clear = tl.minimum(tl.maximum(clear, first), last)
+    # A loop that is not needed would still set up its loads in flight.
+    if first < last_clear:
+        for i in tl.range(first, last_clear, num_stages=STAGES):
+            top, total, acc = _visit(
+                q, top, total, acc, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, i * BN,
+                length, stored, low, sinks, linear, max_distance, scale,
+                D, BD, BN, QUANTIZED, PRECISION, False,
+            )  # fmt: skip
+    if last_clear < last:
+        for i in tl.range(last_clear, last, num_stages=2):
+            slot = tl.where(i < sink_blocks, i, i - sink_blocks + low_block) * BN
+            top, total, acc = _visit(
+                q, top, total, acc, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, slot,
+                length, stored, low, sinks, linear, max_distance, scale,
+                D, BD, BN, QUANTIZED, PRECISION, True,
+            )  # fmt: skip
+    return top, total, acc
+
+
+@triton.jit
+def _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale):
+    """The same with the new token, if there is one."""
+    s = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+    s = tl.where(is_valid, s, float("-inf"))
+    new_top = tl.maximum(top, s)
+    old = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top)
+    return new_top, total * old + p, acc * old[:, None] + p[:, None] * v_new.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store_new(
+    k_new, v_new, slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
+    D: tl.constexpr, BD: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Keeps the new token in its slot, which this program alone has read."""
+    tl.debug_barrier()  # all of its warps have
+    dims = tl.arange(0, BD)
+    k_kept = k_new.to(tl.float32)
+    v_kept = v_new.to(tl.float32)
+    if QUANTIZED:
+        k_rows, k_scale = quantized(k_kept[None, :], LARGEST, ROUNDS)
+        v_rows, v_scale = quantized(v_kept[None, :], LARGEST, ROUNDS)
+        k_kept = tl.sum(k_rows, 0)
+        v_kept = tl.sum(v_rows, 0)
+        tl.store(k_scales_ptr + slot, tl.sum(k_scale, 0))
+        tl.store(v_scales_ptr + slot, tl.sum(v_scale, 0))
+    tl.store(keys_ptr + slot * D + dims, k_kept.to(keys_ptr.dtype.element_ty), mask=dims < D)
+    tl.store(values_ptr + slot * D + dims, v_kept.to(values_ptr.dtype.element_ty), mask=dims < D)
+
+
+@triton.jit
 def _merge(
-    acc_ptr, stat_ptr, row, first, last, HEADS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    acc_ptr, stat_ptr, first, last, HEADS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """What programs `first` to `last` left of a row, summed: accumulator `[BG, BD]` and sum of weights `[BG]`."""
@@ -115,6 +183,52 @@ def _merge(
 def _divisor(total):
     """A sum of weights, positive where there are none; NaN stays NaN, which a GPU's plain maximum would drop."""
     return tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _leave(
+    top, total, acc, out_ptr, acc_ptr, stat_ptr, counter_ptr, is_valid, first, last,
+    GROUP: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Writes a row that this program has to itself; of one that programs `first` to `last` share leaves a part, and
+    merges all parts if it is the last to come."""
+    pid = tl.program_id(0)
+    g = tl.arange(0, BG)
+    dims = tl.arange(0, BD)
+    offsets = g[:, None] * D + dims[None, :]
+    mask = (g < GROUP)[:, None] & (dims < D)[None, :]
+    if first == last:
+        result = tl.where(is_valid, acc / _divisor(total)[:, None], 0.0)
+        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        part = pid * 2 + (pid == first).to(tl.int32)
+        tl.store(acc_ptr + part * (GROUP * D) + offsets, acc, mask=mask)
+        tl.store(stat_ptr + part * (2 * GROUP) + g, top, mask=g < GROUP)
+        tl.store(stat_ptr + part * (2 * GROUP) + GROUP + g, total, mask=g < GROUP)
+        # All of the program's part is out before it says so.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+        if arrived == last - first:
+            merged, weight = _merge(acc_ptr, stat_ptr, first, last, GROUP, BM, D, BD, MERGED)
+            result = tl.where(is_valid, merged / _divisor(weight)[:, None], 0.0)
+            few = tl.arange(0, BM)
+            few_mask = (few < GROUP)[:, None] & (dims < D)[None, :]
+            few_offsets = few[:, None] * D + dims[None, :]
+            tl.store(out_ptr + few_offsets, result.to(out_ptr.dtype.element_ty), mask=few_mask)
+            tl.store(counter_ptr, 0)
+
+
+@triton.jit
+def _count_token(state_ptr, valid_ptr, batch, ROWS: tl.constexpr, HAS_VALID: tl.constexpr):
+    """One more slot, and one more token in each row that has a new one."""
+    rows = tl.arange(0, ROWS)
+    exists = rows < batch
+    added = tl.full([ROWS], 1, tl.int32)
+    if HAS_VALID:
+        added = (tl.load(valid_ptr + rows, mask=exists, other=0) != 0).to(tl.int32)
+    lengths = tl.load(state_ptr + 1 + rows, mask=exists, other=0)
+    tl.store(state_ptr + 1 + rows, lengths + added, mask=exists)
+    tl.store(state_ptr, tl.load(state_ptr) + 1)
 
 
 @triton.jit(do_not_specialize=["capacity", "ring_slots", "num_linear", "num_rows", "num_dense_rows", "max_distance"])
@@ -180,9 +294,6 @@ def _decode_kernel(
         base = b * row_slots + tl.where(linear, ring_slots + place * capacity, place)
         heads = head * GROUP + g
         q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + dims[None, :], mask=q_mask, other=0.0)
-        top = tl.full([BG], NEVER, tl.float32)
-        total = tl.zeros([BG], tl.float32)
-        acc = tl.zeros([BG, BD], tl.float32)
         # The new token goes with the block whose slot it takes, which nobody else reads, or else with the last one.
         turned = sinks + (length - sinks) % tl.maximum(recent, 1)
         pushes = (~linear) & (length >= recent + sinks)
@@ -193,94 +304,30 @@ def _decode_kernel(
         new = in_dims & owned
         k_new = tl.load(k_ptr + b * stride_kb + head.to(tl.int64) * stride_kh + dims, mask=new, other=0.0)
         v_new = tl.load(v_ptr + b * stride_vb + head.to(tl.int64) * stride_vh + dims, mask=new, other=0.0)
-        # Blocks that are read from end to end: no masks, no addresses but the block's.
-        far = max_distance < LARGEST_DISTANCE
-        clear = tl.where((low > 0) | far, 0, stored // BN)
-        last_clear = tl.minimum(tl.maximum(clear, first), last)
-        # A loop that is not needed would still set up its loads in flight.
-        if first < last_clear:
-            for i in tl.range(first, last_clear, num_stages=STAGES):
-                top, total, acc = _visit(
-                    q, top, total, acc, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, i * BN,
-                    length, stored, low, sinks, linear, max_distance, scale,
-                    D, BD, BN, QUANTIZED, PRECISION, False,
-                )  # fmt: skip
-        if last_clear < last:
-            for i in tl.range(last_clear, last, num_stages=2):
-                slot = tl.where(i < sink_blocks, i, i - sink_blocks + low_block) * BN
-                top, total, acc = _visit(
-                    q, top, total, acc, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, slot,
-                    length, stored, low, sinks, linear, max_distance, scale,
-                    D, BD, BN, QUANTIZED, PRECISION, True,
-                )  # fmt: skip
-
+        top, total, acc = _attend_blocks(
+            q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last, sink_blocks, low_block,
+            length, stored, low, sinks, linear, max_distance, scale,
+            BG, D, BD, BN, QUANTIZED, PRECISION, STAGES,
+        )  # fmt: skip
         is_valid = length >= 0
         if HAS_VALID:
             is_valid = tl.load(valid_ptr + b) != 0
         if owned:
-            s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-            s_new = tl.where(is_valid, s_new, float("-inf"))
-            new_top = tl.maximum(top, s_new)
-            old = tl.exp2(top - new_top)
-            p_new = tl.exp2(s_new - new_top)
-            total = total * old + p_new
-            acc = acc * old[:, None] + p_new[:, None] * v_new.to(tl.float32)[None, :]
-            top = new_top
+            top, total, acc = _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale)
             if is_valid & stays:
-                # All warps have read the slot that is written now.
-                tl.debug_barrier()
-                where = base + new_slot
-                k_kept = k_new.to(tl.float32)
-                v_kept = v_new.to(tl.float32)
-                if QUANTIZED:
-                    k_scale = tl.max(tl.abs(k_kept), 0) / LARGEST
-                    v_scale = tl.max(tl.abs(v_kept), 0) / LARGEST
-                    k_kept = k_kept / tl.maximum(k_scale, 1.2e-38)
-                    v_kept = v_kept / tl.maximum(v_scale, 1.2e-38)
-                    if ROUNDS:
-                        k_kept = (k_kept + 12582912.0) - 12582912.0
-                        v_kept = (v_kept + 12582912.0) - 12582912.0
-                    k_kept = tl.minimum(tl.maximum(k_kept, -LARGEST), LARGEST)
-                    v_kept = tl.minimum(tl.maximum(v_kept, -LARGEST), LARGEST)
-                    tl.store(k_scales_ptr + where, k_scale)
-                    tl.store(v_scales_ptr + where, v_scale)
-                tl.store(keys_ptr + where * D + dims, k_kept.to(keys_ptr.dtype.element_ty), mask=in_dims)
-                tl.store(values_ptr + where * D + dims, v_kept.to(values_ptr.dtype.element_ty), mask=in_dims)
+                _store_new(
+                    k_new, v_new, base + new_slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
+                    D, BD, QUANTIZED, ROUNDS, LARGEST,
+                )  # fmt: skip
 
         # Where a linear head has no room left, nothing right can follow: no silent number.
         total = tl.where(linear & (length > capacity), float("nan"), total)
-        out = out_ptr + (b * (KV_HEADS * GROUP) + heads[:, None]) * D + dims[None, :]
-        first_program = begin // share
-        last_program = (end - 1) // share
-        if first_program == last_program:
-            result = tl.where(is_valid, acc / _divisor(total)[:, None], 0.0)
-            tl.store(out, result.to(out_ptr.dtype.element_ty), mask=q_mask)
-        else:
-            part = pid * 2 + (pid == first_program).to(tl.int32)
-            tl.store(acc_ptr + (part * GROUP + g[:, None]) * D + dims[None, :], acc, mask=q_mask)
-            tl.store(stat_ptr + part * (2 * GROUP) + g, top, mask=g < GROUP)
-            tl.store(stat_ptr + part * (2 * GROUP) + GROUP + g, total, mask=g < GROUP)
-            # All of the program's parts are out before it says so.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counters_ptr + row, 1, sem="acq_rel")
-            if arrived == last_program - first_program:
-                mg = tl.arange(0, BM)
-                merged, weight = _merge(acc_ptr, stat_ptr, row, first_program, last_program, GROUP, BM, D, BD, MERGED)
-                result = tl.where(is_valid, merged / _divisor(weight)[:, None], 0.0)
-                m_heads = head * GROUP + mg
-                m_out = out_ptr + (b * (KV_HEADS * GROUP) + m_heads[:, None]) * D + dims[None, :]
-                m_mask = (mg < GROUP)[:, None] & in_dims[None, :]
-                tl.store(m_out, result.to(out_ptr.dtype.element_ty), mask=m_mask)
-                tl.store(counters_ptr + row, 0)
+        _leave(
+            top, total, acc, out_ptr + (b * KV_HEADS + head) * (GROUP * D), acc_ptr, stat_ptr, counters_ptr + row,
+            is_valid, begin // share, (end - 1) // share, GROUP, BG, BM, D, BD, MERGED,
+        )  # fmt: skip
         block = begin + last
 
     if done == programs - 1:
         tl.store(counters_ptr + num_rows, 0)
-        batch_rows = tl.arange(0, ROWS)
-        last_row = batch_rows < num_rows // KV_HEADS
-        added = tl.full([ROWS], 1, tl.int32)
-        if HAS_VALID:
-            added = (tl.load(valid_ptr + batch_rows, mask=last_row, other=0) != 0).to(tl.int32)
-        lengths = tl.load(state_ptr + 1 + batch_rows, mask=last_row, other=0)
-        tl.store(state_ptr + 1 + batch_rows, lengths + added, mask=last_row)
-        tl.store(state_ptr, tl.load(state_ptr) + 1)
+        _count_token(state_ptr, valid_ptr, num_rows // KV_HEADS, ROWS, HAS_VALID)

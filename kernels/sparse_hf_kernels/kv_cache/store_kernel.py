@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _quantized(x, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
+def quantized(x, LARGEST: tl.constexpr, ROUNDS: tl.constexpr):
     """Rows x `[n, d]` in fp32 as they are stored, still fp32, and their scales `[n]`."""
     scales = tl.max(tl.abs(x), 1) / LARGEST
     x = x / tl.maximum(scales, 1.2e-38)[:, None]
@@ -56,8 +56,8 @@ def _store_kernel(
     k = tl.load(k_from + dims[None, :], mask=fits, other=0.0)
     v = tl.load(v_from + dims[None, :], mask=fits, other=0.0)
     if QUANTIZED:
-        k, k_scales = _quantized(k.to(tl.float32), LARGEST, ROUNDS)
-        v, v_scales = _quantized(v.to(tl.float32), LARGEST, ROUNDS)
+        k, k_scales = quantized(k.to(tl.float32), LARGEST, ROUNDS)
+        v, v_scales = quantized(v.to(tl.float32), LARGEST, ROUNDS)
         tl.store(k_scales_ptr + target, k_scales, mask=keep)
         tl.store(v_scales_ptr + target, v_scales, mask=keep)
     tl.store(keys_ptr + target[:, None] * D + dims[None, :], k.to(keys_ptr.dtype.element_ty), mask=fits)
