@@ -21,7 +21,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[train,wandb,peft,qlora,trl,deepspeed,dev]" -c constraints.txt
+	$(PIP) install -e ".[train,wandb,peft,qlora,trl,deepspeed,eval,dev]" -c constraints.txt
 	touch $@
 
 demo: install

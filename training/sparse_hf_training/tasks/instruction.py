@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionTask(HiddenFactsTask):
-    """The text begins, at its first whole word, with an instruction to end answers with a code word; a needle is asked for at the end.
+    """At its first whole word the text has an instruction to end answers with a code word; the end asks for a needle.
 
     Eviction that keeps what questions need may lose what a system prompt asks (arXiv 2510.00231).
     """
