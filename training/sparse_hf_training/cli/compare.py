@@ -13,6 +13,9 @@ from sparse_hf_training.cli import require
 
 require("matplotlib", "jinja2")
 
+SHOWN = ("run", "of dense", "recall [95%]", "worst task", "change [95%]", "loss [95%]")
+"""Columns that a terminal has room for; the HTML report has all."""
+
 
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Runs or folders that `sparse-hf eval` measured.")],
@@ -42,6 +45,8 @@ def compare(
         typer.echo(
             f"warning: the runs differ in {', '.join(found.differing)}: their samples are not the same", err=True
         )
-    write(table(f"recall: mean of {', '.join(found.tasks) or 'no task'}", COLUMNS, found.rows()))
+    shown = [COLUMNS.index(name) for name in SHOWN]
+    rows = ([row[n] for n in shown] for row in found.rows())
+    write(table(f"KV bytes of dense; recall: mean of {', '.join(found.tasks) or 'no task'}", SHOWN, rows, fixed=2))
     for path in filter(None, (out, card)):
         write(f"written: {path}")

@@ -19,22 +19,23 @@ def pareto_chart(comparison: Comparison) -> str:
     """Recall, and loss, against the bytes that a run holds; the line joins the runs that are best for their bytes."""
     figure, (recall, loss) = canvas(10, 3.9, 2)
     points = comparison.points
-    for number, point in enumerate(points):
-        style = {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": "", "color": f"C{number % 10}"}
+    names = [report.name for report in comparison.reports]
+    for point in sorted(points, key=lambda point: names.index(point.name)):
+        style = {"linestyle": "", "capsize": 3, "label": point.name, **_style(names.index(point.name))}
         x = 100 * point.kv_share
-        recall.plot(x, point.recall, label=point.name, **style)
-        change, (low, high) = point.loss
-        spread = [[100 * (change - low)], [100 * (high - change)]]
-        loss.errorbar(x, 100 * change, yerr=spread, capsize=3, label=point.name, **style)
-    _join(recall, [(100 * p.kv_share, p.recall) for p in points if p.best_recall])
+        for axes, scale, (value, (low, high)) in ((recall, 1, point.recall), (loss, 100, point.loss)):
+            spread = [[scale * (value - low)], [scale * (high - value)]]
+            axes.errorbar(x, scale * value, yerr=spread, **style)
+    _join(recall, [(100 * p.kv_share, p.recall[0]) for p in points if p.best_recall])
     _join(loss, [(100 * p.kv_share, 100 * p.loss[0]) for p in points if p.best_loss])
     recall.axhline(_dense_recall(comparison), color="grey", linewidth=0.8, linestyle=":", label="dense")
     loss.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-    recall.set_ylabel("exact match, mean over tasks")
+    recall.set_ylabel("exact match, mean over tasks [95%]")
+    recall.set_ylim(-0.03, 1.03)
     loss.set_ylabel("increase of the loss, % [95%]")
     for axes in (recall, loss):
         axes.set_xlabel("KV bytes, % of dense")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 103)
         axes.grid(alpha=0.3)
     figure.legend(*recall.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return _svg(figure, "pareto")
@@ -51,12 +52,10 @@ def tasks_chart(comparison: Comparison) -> str:
         ends = [found[task].interval for task in tasks]
         spread = [[c - low for c, (low, _) in zip(changes, ends, strict=True)]]
         spread.append([high - c for c, (_, high) in zip(changes, ends, strict=True)])
-        axes.errorbar(
-            changes, places, xerr=spread, linestyle="", capsize=2, marker=_MARKERS[number % 8], label=report.name
-        )
+        axes.errorbar(changes, places, xerr=spread, linestyle="", capsize=2, label=report.name, **_style(number))
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(tasks) - 0.4, -0.6)
     axes.set_xlabel("exact match, sparse minus dense on the same samples [95%]")
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
@@ -99,6 +98,11 @@ def memory_chart(comparison: Comparison) -> str:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return _svg(figure, "memory")
+
+
+def _style(number: int) -> dict[str, str]:
+    """Marker and colour of a run, the same in all charts."""
+    return {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}"}
 
 
 def _by_depth(report: LabReport) -> tuple[list[float], list[float]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_hf.artefact import load_artefact
 from sparse_hf.auto import AutoSparseModelForCausalLM
@@ -25,7 +27,7 @@ from sparse_hf_training.demo.recipe import ASSETS
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.lab import DENSE, Lab, check_length
 from sparse_hf_training.evaluation.report import LabReport
-from sparse_hf_training.tasks import RecallTask, available_tasks, make_task
+from sparse_hf_training.tasks import Filler, RecallTask, available_tasks, make_task
 
 FIGURES_FILE = "figures.json"
 HELD_TEXT = ASSETS / "text" / "validation"
@@ -72,13 +74,6 @@ class EvaluationOptions:
         return " ".join(words)
 
     @property
-    def built(self) -> list[RecallTask]:
-        """The tasks that are asked."""
-        if self.tasks is not None:
-            return parse_tasks(self.tasks)
-        return build_tasks(QUICK_TASKS if self.quick else default_tasks())
-
-    @property
     def folder(self) -> Path:
         """Where the cells lie: in a run's folder, beside an artefact's, or under `runs/`."""
         if self.out is not None:
@@ -94,6 +89,24 @@ class EvaluationOptions:
 def default_tasks() -> tuple[str | dict[str, Any], ...]:
     """Every task, variable tracking with 2, 4 and 8 hops."""
     return (*(name for name in available_tasks() if name != "vt"), *HOPS)
+
+
+def fitting_tasks(
+    specs: Sequence[str | dict[str, Any]],
+    filler: Filler,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EvaluationOptions,
+) -> tuple[list[RecallTask], list[str]]:
+    """The tasks that the length and the text have room for, and why the others have none."""
+    fitting: list[RecallTask] = []
+    left_out: list[str] = []
+    for task in build_tasks(specs):
+        try:
+            task.sample(random.Random(options.seed), filler, tokenizer, options.seq_len)
+            fitting.append(task)
+        except ValueError as error:
+            left_out.append(str(error))
+    return fitting, left_out
 
 
 def task_rows() -> list[dict[str, Any]]:
@@ -127,17 +140,22 @@ def evaluate_target(options: EvaluationOptions, console: Console) -> tuple[LabRe
     Raises:
         ValueError: for a target, text or option that cannot be used, or a folder with cells of other settings.
     """
-    tasks = options.built
+    asked = None if options.tasks is None else parse_tasks(options.tasks)
     model = _load(options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
     base = model.config._name_or_path
     tokenizer = AutoTokenizer.from_pretrained(base)
     check_length(model, options.seq_len, strict=options.strict_length)
     documents = read_sources((TextSource(path=options.text or str(HELD_TEXT)),), tokenizer)
+    filler = filler_of(documents)
+    if asked is None:
+        asked, left_out = fitting_tasks(QUICK_TASKS if options.quick else default_tasks(), filler, tokenizer, options)
+        for line in left_out:
+            console.print(f"left out: {line}", highlight=False, markup=False)
     lab = Lab(
         tokenizer=tokenizer,
-        tasks=tasks,
-        filler=filler_of(documents),
+        tasks=asked,
+        filler=filler,
         rows=PackedTextDataset(pack_documents(documents, options.seq_len)[0]),
         seq_len=options.seq_len,
         num_samples=options.num_samples,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_hf_training.evaluation.report import LabReport
-from sparse_hf_training.evaluation.statistics import Interval
+from sparse_hf_training.evaluation.statistics import Interval, wilson_interval
 
 SAME = ("weights", "text", "seq_len", "num_samples", "seed", "num_rows", "dtype")
 """Settings that must agree for runs to have answered the same samples."""
@@ -21,7 +21,7 @@ class RunPoint:
     Args:
         name: of the run.
         kv_share: bytes held at the end, of dense.
-        recall: mean exact match over the tasks that dense can do in every run.
+        recall: mean exact match over the tasks that dense can do in every run, with the interval of all samples.
         worst_task: the task that loses most, and how much with its interval.
         loss: relative increase of the loss on held text, with its interval.
         best_recall, best_loss: no other run has more recall, or less loss, for no more bytes.
@@ -30,7 +30,7 @@ class RunPoint:
     name: str
     kv_bytes: int
     kv_share: float
-    recall: float
+    recall: tuple[float, Interval]
     worst_task: str
     worst: tuple[float, Interval]
     loss: tuple[float, Interval]
@@ -92,7 +92,7 @@ class Comparison:
         shares = [report.kv_share for report in self.reports]
         recalls = [self._recall(report) for report in self.reports]
         losses = [report.loss_increase for report in self.reports]
-        recall_front = pareto_front(shares, recalls)
+        recall_front = pareto_front(shares, [mean for mean, _ in recalls])
         loss_front = pareto_front(shares, [-change for change, _ in losses])
         found = []
         for n, report in enumerate(self.reports):
@@ -110,11 +110,13 @@ class Comparison:
                     best_loss=n in loss_front,
                 )
             )
-        return tuple(sorted(found, key=lambda point: (point.kv_share, -point.recall)))
+        return tuple(sorted(found, key=lambda point: (point.kv_share, -point.recall[0])))
 
-    def _recall(self, report: LabReport) -> float:
-        shares = [each.sparse.share for each in report.judged if each.task in self.tasks]
-        return sum(shares) / len(shares) if shares else float("nan")
+    def _recall(self, report: LabReport) -> tuple[float, Interval]:
+        exact = [right for each in report.judged if each.task in self.tasks for right in each.sparse.exact]
+        if not exact:
+            return float("nan"), (float("nan"), float("nan"))
+        return sum(exact) / len(exact), wilson_interval(sum(exact), len(exact))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -133,7 +135,7 @@ COLUMNS = (
     "run",
     "KV bytes",
     "of dense",
-    "recall",
+    "recall [95%]",
     "worst task",
     "change [95%]",
     "loss [95%]",
@@ -144,12 +146,13 @@ COLUMNS = (
 def point_row(point: RunPoint) -> tuple[str, ...]:
     """One run as text."""
     (worst, (low, high)), (loss, (less, more)) = point.worst, point.loss
+    recall, (few, many) = point.recall
     best = [what for what, holds in (("recall", point.best_recall), ("loss", point.best_loss)) if holds]
     return (
         point.name,
         f"{point.kv_bytes:,}",
         f"{point.kv_share:.1%}",
-        f"{point.recall:.3f}",
+        f"{recall:.3f} [{few:.2f}, {many:.2f}]",
         point.worst_task,
         f"{worst:+.3f} [{low:+.2f}, {high:+.2f}]",
         f"{loss:+.2%} [{less:+.2%}, {more:+.2%}]",
