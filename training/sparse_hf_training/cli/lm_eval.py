@@ -17,7 +17,7 @@ def lm_eval(
 ) -> None:
     """Run lm-evaluation-harness on a sparse model; `lm_eval run --help` shows its options.
 
-    Example: sparse-hf lm-eval run --model sparse-hf --model_args pretrained=MODEL,sparse=PRESET_OR_ARTEFACT --tasks NAME
+    Example: sparse-hf lm-eval run --model sparse-hf --model_args pretrained=MODEL,sparse=ARTEFACT --tasks NAME
     """
     from lm_eval.__main__ import cli_evaluate
 

@@ -1,7 +1,7 @@
 """The model class `sparse-hf` of lm-evaluation-harness (`--model_args pretrained=...,sparse=...`).
 
-Generation goes through the per-head cache, loglikelihoods through sparse prefill: both read what a deployed model reads.
-What a cache has freed shows in generation alone.
+Generation goes through the per-head cache, loglikelihoods through sparse prefill: both read what a deployed model
+reads. What a cache has freed shows in generation alone.
 """
 
 from __future__ import annotations
