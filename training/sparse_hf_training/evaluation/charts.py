@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -125,11 +126,12 @@ def _join(axes: Any, points: Sequence[tuple[float, float]]) -> None:
         axes.plot(*zip(*sorted(points), strict=True), color="black", linewidth=0.8, zorder=0)
 
 
-def _svg(figure: Any, salt: str) -> str:
-    """The figure as an SVG element. The salt keeps the ids of several in one page apart, and the same in each run."""
+def _svg(figure: Any, name: str) -> str:
+    """The figure as an SVG element, the same in each run; the name keeps its ids apart from those of other charts."""
     from matplotlib import rc_context
 
     text = io.StringIO()
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    return re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)

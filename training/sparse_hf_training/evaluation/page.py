@@ -43,8 +43,11 @@ def headline(report: LabReport) -> list[str]:
     increase, (loss_low, loss_high) = report.loss_increase
     lines.append(
         f"worst task: {worst.task} {worst.difference:+.3f} [{low:+.3f}, {high:+.3f}] "
-        f"({'beyond' if worst.p_holm < 0.05 else 'within'} chance); loss {increase:+.2%} "
-        f"[{loss_low:+.2%}, {loss_high:+.2%}]; KV cache {report.kv_share:.1%} of dense"
+        f"({'beyond' if worst.p_holm < 0.05 else 'within'} chance)"
+    )
+    lines.append(
+        f"loss {increase:+.2%} [{loss_low:+.2%}, {loss_high:+.2%}]; KV cache {report.kv_share:.1%} of dense after "
+        f"{report.sparse.footprint.tokens[-1]} tokens"
     )
     return lines
 
