@@ -132,6 +132,11 @@ class Lab:
             footprint=Footprint.from_dict(footprint),
         )
 
+    def complete(self, variant: str, store: CellStore) -> bool:
+        """Whether `measure` would find every cell in the store."""
+        names = [*(task_label(task) for task in self.tasks), TEXT_CELL, FOOTPRINT_CELL]
+        return all(store.has(variant, name) for name in names)
+
     def _task(
         self, model: PreTrainedModel, variant: str, task: RecallTask, store: CellStore, progress: Progress
     ) -> TaskOutcome:
