@@ -2,8 +2,8 @@
 
     python scripts/planted_heads.py --out docs/benchmarks
 
-Writes planted_heads.json. Each seed is a model of its own with two planted heads of sixteen; a recipe is asked for two
-full heads. Needs no data; minutes on a CPU, most of them for the recipes that learn.
+Writes planted_heads.json. Each seed is a model of its own with two planted heads, of sixteen by default; a recipe is
+asked for two full heads. Needs no data; minutes on a CPU, most of them for the recipes that learn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparse_hf_training.study.recipes import PLANTED_RECIPES, RECIPES
 from sparse_hf_training.tasks import CopySpanTask
 
 FILE = "planted_heads.json"
-SEQ_LEN = 512
+SEQ_LEN = 320
 BRANCH = Streaming(num_sink_tokens=4, window_size=32)
 TASK = CopySpanTask(num_tokens=8, cue_tokens=2)
 
@@ -41,6 +41,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--recipes", type=names, default=PLANTED_RECIPES, help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--seeds", type=int, default=5, help="models")
     parser.add_argument("--steps", type=int, default=120, help="of a recipe that learns")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True, help=f"folder of {FILE}")
     return parser.parse_args(arguments)
 
@@ -56,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with progress_bar(console) as progress:
         bar = progress.add_task("ranking", total=options.seeds * len(options.recipes), figures="")
         for seed in range(options.seeds):
-            planted = planted_llama(seed)
+            shape = {"num_layers": options.layers, "num_kv_heads": options.kv_heads}
+            planted = planted_llama(seed, **shape)
             filler = planted_filler(seed)
             tokens = filler.tokens.tolist()
             documents = DocumentStore.from_documents([Document(input_ids=tokens, labels=tokens)])
             bench = Bench(
-                load=lambda seed=seed: planted_llama(seed).model.to(device),
+                load=lambda seed=seed, shape=shape: planted_llama(seed, **shape).model.to(device),
                 tokenizer=None,
                 branch=BRANCH,
                 filler=filler,

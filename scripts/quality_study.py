@@ -1,7 +1,7 @@
 """Which recipe loses least per byte kept? Recipes that choose heads, side by side at equal KV bytes, on one model.
 
     python scripts/quality_study.py --out docs/benchmarks --budget-minutes 20
-    python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 256 --out docs/benchmarks
+    python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 256 --out DIR
 
 Writes FILE.json after every unit and keeps each measured cell under --cells, so that the same line goes on where it
 stopped. On the shipped 4M model and books by default. .txt and .jsonl texts need no `datasets`.

@@ -141,11 +141,10 @@ def training_free(bench: Bench, model: PreTrainedModel, head_sparsity: float) ->
     if not isinstance(bench.branch, Streaming):
         raise ValueError(f"training-free scores are of streaming heads, the branch is {bench.branch.name!r}")
     options = ScoresOptions(num_sink_tokens=bench.branch.num_sink_tokens, window_size=bench.branch.window_size)
-    with _all_full(model):
-        calibrator = ScoresCalibrator(options, Target.of(model, bench.seq_len), bench.seed)
-        count = min(NUM_CALIBRATION_SEQUENCES, len(bench.rows))  # type: ignore[arg-type]
-        for number in range(count):
-            calibrator.run(model, bench.rows[number]["input_ids"][None].to(model.device), number)
+    dense = bench.load().eval()  # it looks at a dense model
+    calibrator = ScoresCalibrator(options, Target.of(dense, bench.seq_len), bench.seed)
+    for number in range(min(NUM_CALIBRATION_SEQUENCES, len(bench.rows))):  # type: ignore[arg-type]
+        calibrator.run(dense, bench.rows[number]["input_ids"][None].to(dense.device), number)
     scores = calibrator.finish().scores
     assert scores is not None
     return scores
