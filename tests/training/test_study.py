@@ -129,9 +129,13 @@ def test_random_heads_and_uniform_layers() -> None:
     assert most.sum(1).tolist() == [0, 2, 0]
 
 
-@pytest.mark.parametrize("name", ["ours", "prulong_published", "prulong_mended", "duo_attention"])
-def test_recipes_that_learn_move_gates_and_leave_the_model_as_it_was(name: str) -> None:
-    bench = planted_bench(max_steps=6)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    # Hard-concrete gates are 1, and without a gradient, in most of the first draws; PruLong's rates move faster.
+    [("ours", 24), ("prulong_published", 6), ("prulong_mended", 6), ("duo_attention", 4)],
+)
+def test_recipes_that_learn_move_gates_and_leave_the_model_as_it_was(name: str, steps: int) -> None:
+    bench = planted_bench(max_steps=steps)
     model = bench.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     scores = RECIPES[name].rank(bench, model, 0.5)
