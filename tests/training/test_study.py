@@ -99,8 +99,8 @@ def test_precision_and_recall_by_hand() -> None:
     assert average_precision(torch.zeros(2, 2), planted) == 0.5, "equal scores say nothing"
     with pytest.raises(ValueError, match="one shape and full heads"):
         precision_recall(torch.zeros(2, 2), planted)
-    with pytest.raises(ValueError, match="3 layers and 2 KV heads or more"):
-        planted_llama(num_layers=2)
+    with pytest.raises(ValueError, match="3 layers or more, and 2, 4 or 8 KV heads or so, got 3 and 3"):
+        planted_llama(num_layers=3, num_kv_heads=3)
 
 
 def test_ablation_finds_the_planted_heads_and_leaves_the_model_full() -> None:

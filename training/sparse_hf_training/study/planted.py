@@ -57,13 +57,15 @@ def planted_llama(seed: int = 0, *, num_layers: int = 4, num_kv_heads: int = 4) 
     Args:
         seed: of the places, the tokens' vectors and the noise.
         num_layers: 3 or more.
-        num_kv_heads: 2 or more; two query heads share each.
+        num_kv_heads: a power of two, 2 or more; two query heads share each.
 
     Raises:
-        ValueError: for fewer layers or heads.
+        ValueError: for fewer layers, or other numbers of heads.
     """
-    if num_layers < 3 or num_kv_heads < 2:
-        raise ValueError(f"a planted model has 3 layers and 2 KV heads or more, got {num_layers} and {num_kv_heads}")
+    if num_layers < 3 or num_kv_heads < 2 or HIDDEN % (2 * num_kv_heads):
+        raise ValueError(
+            f"a planted model has 3 layers or more, and 2, 4 or 8 KV heads or so, got {num_layers} and {num_kv_heads}"
+        )
     generator = torch.Generator().manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
