@@ -20,9 +20,14 @@ from sparse_hf.figures import Figure, write_figures
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
 from sparse_hf.progress import progress_bar
-from sparse_hf_training.data import Document, DocumentStore, PackedTextDataset, pack_documents
 from sparse_hf_training.study.bench import Bench
-from sparse_hf_training.study.planted import average_precision, planted_filler, planted_llama, precision_recall
+from sparse_hf_training.study.planted import (
+    average_precision,
+    planted_filler,
+    planted_llama,
+    planted_rows,
+    precision_recall,
+)
 from sparse_hf_training.study.recipes import PLANTED_RECIPES, RECIPES
 from sparse_hf_training.tasks import CopySpanTask
 
@@ -61,14 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shape = {"num_layers": options.layers, "num_kv_heads": options.kv_heads}
             planted = planted_llama(seed, **shape)
             filler = planted_filler(seed)
-            tokens = filler.tokens.tolist()
-            documents = DocumentStore.from_documents([Document(input_ids=tokens, labels=tokens)])
             bench = Bench(
                 load=lambda seed=seed, shape=shape: planted_llama(seed, **shape).model.to(device),
                 tokenizer=None,
                 branch=BRANCH,
                 filler=filler,
-                rows=PackedTextDataset(pack_documents(documents, SEQ_LEN)[0]),
+                rows=planted_rows(filler, SEQ_LEN, seed=seed),
                 tasks=[TASK],
                 seq_len=SEQ_LEN,
                 max_steps=options.steps,

@@ -259,7 +259,7 @@ def test_settings_tell_models_texts_and_dtypes_apart(lab: Lab, model: Any, story
     other = replace(lab, filler=Filler.from_texts([story[1:]], tokenizer)).settings(model)
     assert [name for name in before if before[name] != other[name]] == ["text"]
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(2)
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 0.5
     assert [name for name in before if before[name] != lab.settings(model)[name]] == ["weights"]
     assert lab.settings(model.to(torch.bfloat16))["dtype"] == "torch.bfloat16"
 

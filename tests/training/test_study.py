@@ -17,7 +17,7 @@ from sparse_hf import SparseConfig, Streaming, set_head_masks, sparsify
 from sparse_hf.head_masks import round_scores
 from sparse_hf.patching import get_handle
 from sparse_hf.summary import sparsity_summary
-from sparse_hf_training.data import Document, DocumentStore, PackedTextDataset, pack_documents
+from sparse_hf_training.data import Document, DocumentStore
 from sparse_hf_training.evaluation import evaluate_recall
 from sparse_hf_training.masks import MaskLearningConfig, attach_mask_learning
 from sparse_hf_training.study.bench import Bench
@@ -26,6 +26,7 @@ from sparse_hf_training.study.planted import (
     planted_filler,
     planted_llama,
     planted_places,
+    planted_rows,
     precision_recall,
 )
 from sparse_hf_training.study.pretrain import SmallModelConfig, pretrain, rate, train_tokenizer
@@ -50,14 +51,12 @@ def load(name: str) -> ModuleType:
 
 def planted_bench(seed: int = 0, max_steps: int = 2) -> Bench:
     filler = planted_filler(seed)
-    tokens = filler.tokens.tolist()
-    documents = DocumentStore.from_documents([Document(input_ids=tokens, labels=tokens)])
     return Bench(
         load=lambda: planted_llama(seed, **SHAPE).model,
         tokenizer=None,
         branch=BRANCH,
         filler=filler,
-        rows=PackedTextDataset(pack_documents(documents, SEQ_LEN)[0]),
+        rows=planted_rows(filler, SEQ_LEN),
         tasks=[COPY],
         seq_len=SEQ_LEN,
         max_steps=max_steps,
@@ -89,6 +88,14 @@ def test_planted_heads_are_needed_and_enough(seed: int) -> None:
         without[layer, head] = 0
         set_head_masks(model, without)
         assert exact() == 0.0, "and without one of them, all others full, nothing does"
+
+
+def test_planted_text_repeats_beyond_the_window() -> None:
+    rows = planted_rows(planted_filler(0), SEQ_LEN, count=3)
+    assert len(rows) == 3
+    ids = [rows[n]["input_ids"] for n in range(3)]
+    assert all(torch.equal(row[: SEQ_LEN // 2], row[SEQ_LEN // 2 :]) for row in ids) and not torch.equal(ids[0], ids[1])
+    assert len(set(ids[0].tolist())) == SEQ_LEN // 2 > 4 * BRANCH.window_size
 
 
 def test_precision_and_recall_by_hand() -> None:

@@ -141,10 +141,9 @@ def evaluate_target(options: EvaluationOptions, console: Console) -> tuple[LabRe
         ValueError: for a target, text or option that cannot be used, or a folder with cells of other settings.
     """
     asked = None if options.tasks is None else parse_tasks(options.tasks)
-    model = _load(options)
+    model, base, tokenizer_name = _load(options)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
-    base = model.config._name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     check_length(model, options.seq_len, strict=options.strict_length)
     documents = read_sources((TextSource(path=options.text or str(HELD_TEXT)),), tokenizer)
     filler = filler_of(documents)
@@ -201,22 +200,25 @@ def about(model: PreTrainedModel, base: str) -> dict[str, Any]:
     }
 
 
-def _load(options: EvaluationOptions) -> PreTrainedModel:
+def _load(options: EvaluationOptions) -> tuple[PreTrainedModel, str, str]:
+    """The sparse model, its base model's name, and where its tokenizer is."""
     on_gpu = torch.cuda.is_available()
     name = ("bfloat16" if on_gpu else "float32") if options.dtype == "auto" else options.dtype
     dtype: torch.dtype = getattr(torch, name)
+    artefact = _artefact(options)
     if options.model is not None:
         try:
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"model {options.model!r} cannot be loaded: {reason}") from error
-        return sparsify(model, _artefact(options), revision=options.revision)
-    artefact = _artefact(options)
-    load_artefact(
-        resolve_artefact_folder(artefact, revision=options.revision)
-    )  # says what is wrong before weights load
-    return AutoSparseModelForCausalLM.from_pretrained(artefact, revision=options.revision, dtype=dtype)
+        return sparsify(model, artefact, revision=options.revision), options.model, options.model
+    # Says what is wrong before weights are loaded.
+    folder = resolve_artefact_folder(artefact, revision=options.revision)
+    base = load_artefact(folder).base_model_name_or_path
+    sparse = AutoSparseModelForCausalLM.from_pretrained(artefact, revision=options.revision, dtype=dtype)
+    own = (Path(folder) / "tokenizer_config.json").is_file()
+    return sparse, base, str(folder) if own else base
 
 
 def _artefact(options: EvaluationOptions) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from sparse_hf_training.evaluation.report import LabReport
 from sparse_hf_training.evaluation.statistics import Interval, wilson_interval
 
-SAME = ("weights", "text", "seq_len", "num_samples", "seed", "num_rows", "dtype")
+SAME = ("text", "seq_len", "num_samples", "seed", "num_rows")
 """Settings that must agree for runs to have answered the same samples."""
 
 

@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_hf.artefact import weight_probe
 from sparse_hf.cache import retention_groups
 from sparse_hf.patching import dense, get_handle
 from sparse_hf_training.data import Row
@@ -93,12 +92,16 @@ class Lab:
 
     def settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """What the cells of a model depend on besides the head masks: JSON-plain."""
-        probe = weight_probe(model)
-        digests = [probe, torch.as_tensor(self.filler.tokens)]
-        weights, text = (None if x is None else hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] for x in digests)
+        text = hashlib.sha256(self.filler.tokens.tobytes()).hexdigest()[:16]
         names = ("seq_len", "num_samples", "num_loss_samples", "seed", "chunk", "num_decoded")
         measured = {name: getattr(self, name) for name in names}
-        return {"weights": weights, "text": text, "dtype": str(model.dtype), "num_rows": self._rows, **measured}
+        return {
+            "weights": weight_digest(model),
+            "text": text,
+            "dtype": str(model.dtype),
+            "num_rows": self._rows,
+            **measured,
+        }
 
     def measure(
         self, model: PreTrainedModel, variant: str, store: CellStore, progress: Progress = lambda what, done: None
@@ -178,6 +181,17 @@ class Lab:
         ids = torch.as_tensor(self.filler.tokens[: self.seq_len]).long()[None].to(model.device)
         chunk = self.chunk or max(1, min(512, self.seq_len // 8))
         return measure_footprint(model, ids, chunk=chunk, num_decoded=self.num_decoded)
+
+
+@torch.no_grad()
+def weight_digest(model: PreTrainedModel) -> str:
+    """Tells weights apart, adapters included: each parameter's norm and mean, rounded so that devices agree."""
+    parts = []
+    for name, parameter in model.named_parameters():
+        total = parameter.sum(dtype=torch.float64).item()
+        norm = torch.linalg.vector_norm(parameter, dtype=torch.float64).item() if parameter.is_floating_point() else 1.0
+        parts.append(f"{name} {norm:.5e} {total / max(norm, 1e-30):.4f}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def check_length(model: PreTrainedModel, seq_len: int, *, strict: bool = False) -> int:

@@ -10,6 +10,7 @@ right where, and only where, both induction heads are full.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from sparse_hf_training.data import Document, PackedTextDataset, pack_documents
 from sparse_hf_training.tasks import Filler
 
 VOCAB_SIZE = 1024
@@ -103,6 +105,14 @@ def planted_llama(seed: int = 0, *, num_layers: int = 4, num_kv_heads: int = 4) 
 def planted_filler(seed: int = 0) -> Filler:
     """Text for it: all tokens in a random order, twice, so that no slice of up to `VOCAB_SIZE` holds one twice."""
     return Filler(np.tile(np.random.default_rng(seed).permutation(VOCAB_SIZE), 2))
+
+
+def planted_rows(filler: Filler, seq_len: int, *, count: int = 64, seed: int = 0) -> PackedTextDataset:
+    """Plain text for recipes that read it: rows whose second half is the first again, as long documents repeat."""
+    rng = random.Random(f"planted:{seed}")
+    halves = [filler.take(rng, seq_len // 2).tolist() for _ in range(count)]
+    documents = [Document(input_ids=2 * half, labels=2 * half) for half in halves]
+    return PackedTextDataset(pack_documents(documents, 2 * (seq_len // 2))[0])
 
 
 def precision_recall(found: Tensor, planted: Tensor) -> tuple[float, float]:
