@@ -160,6 +160,17 @@ def test_the_peak_is_held_before_the_end(model_folder: Path) -> None:
     assert found.peak == found.kv_bytes[2] > 5 * found.held
 
 
+def test_the_density_is_that_of_the_prefill_that_generation_makes(model_folder: Path) -> None:
+    """In small chunks the last rows, which a triangle reads densely, are all rows."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    sparsify(model, SparseConfig(sparse=Triangle(num_sink_tokens=2, window_size=8, num_last_tokens=16)))
+    ids = torch.randint(2, 300, (1, 150), generator=torch.Generator().manual_seed(0))
+    whole = measure_footprint(model, ids, chunk=16, num_decoded=1)
+    assert whole.prefill_density == pytest.approx(sparsity_summary(model, 150).attention_density, rel=1e-6)
+    assert measure_footprint(model, ids, chunk=16, num_decoded=1, prefill_chunk=16).prefill_density == 1.0
+    assert whole.prefill_density < 0.4 and whole.decode_density == 1.0
+
+
 def test_losses_by_hand(model: Any, story: str, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = PackedTextDataset(pack_documents([text_document(story, tokenizer)], 128)[0])
     chosen = [rows[n] for n in range(3)]

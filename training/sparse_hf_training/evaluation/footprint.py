@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparse_hf.cache import SparseCache
 from sparse_hf.capture import capture
-from sparse_hf_training.evaluation.generation import is_sparse_now, new_cache
+from sparse_hf_training.evaluation.generation import is_sparse_now, new_cache, prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,12 @@ class Footprint:
 
 @torch.no_grad()
 def measure_footprint(
-    model: PreTrainedModel, input_ids: Tensor, *, chunk: int = 512, num_decoded: int = 32
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    chunk: int = 512,
+    num_decoded: int = 32,
+    prefill_chunk: int | None = None,
 ) -> Footprint:
     """Reads `input_ids [1, seq_len]` in chunks, then writes `num_decoded` tokens greedily.
 
@@ -67,6 +72,8 @@ def measure_footprint(
         input_ids: of one sequence.
         chunk: tokens per forward pass, after each of which the bytes are taken.
         num_decoded: tokens that are decoded one by one.
+        prefill_chunk: tokens per pass of the prefill whose density is taken, a pass of its own: methods with dense last
+            rows, and dynamic ones, read more in small chunks. None for all at once, as `generate` does.
 
     Raises:
         ValueError: for several sequences, or a chunk that is not positive.
@@ -87,13 +94,20 @@ def measure_footprint(
             held.append(held_bytes(cache))
             if step + 1 >= len(pieces):
                 pieces.append(logits[:, -1:].argmax(-1))
+    device_peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
     return Footprint(
         tokens=tuple(tokens),
         kv_bytes=tuple(held),
-        prefill_density=1.0 if stats is None else stats[:split].density.mean().item(),
+        prefill_density=_prefill_density(model, input_ids, prefill_chunk) if sparse else 1.0,
         decode_density=1.0 if stats is None or not num_decoded else stats[split:].density.mean().item(),
-        device_peak=None if before is None else torch.cuda.max_memory_allocated(device) - before,
+        device_peak=device_peak,
     )
+
+
+def _prefill_density(model: PreTrainedModel, input_ids: Tensor, chunk: int | None) -> float:
+    with capture(model) as stats:
+        prefill(model, input_ids, new_cache(model), chunk)
+    return stats.density.mean().item()
 
 
 def held_bytes(cache: Cache) -> int:

@@ -180,7 +180,7 @@ class Lab:
     def _footprint(self, model: PreTrainedModel) -> Footprint:
         ids = torch.as_tensor(self.filler.tokens[: self.seq_len]).long()[None].to(model.device)
         chunk = self.chunk or max(1, min(512, self.seq_len // 8))
-        return measure_footprint(model, ids, chunk=chunk, num_decoded=self.num_decoded)
+        return measure_footprint(model, ids, chunk=chunk, num_decoded=self.num_decoded, prefill_chunk=self.chunk)
 
 
 @torch.no_grad()
