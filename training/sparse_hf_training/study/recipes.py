@@ -246,5 +246,5 @@ def uniform_window(branch: Streaming, head_sparsity: float, seq_len: int) -> Str
     return replace(branch, window_size=round(kept) - branch.num_sink_tokens + 1)
 
 
-# Constructed models have no sentences to hide needles in, and ablation is what defines their truth.
+# Which layers a planted head is in is drawn at random: whole layers could find it by luck alone.
 PLANTED_RECIPES: Sequence[str] = tuple(name for name in RECIPES if name != "uniform_layers")
