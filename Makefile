@@ -21,7 +21,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[train,wandb,peft,qlora,trl,deepspeed,serve,dev]" -c constraints.txt
+	$(PIP) install -e ".[train,wandb,peft,qlora,trl,deepspeed,serve,eval,dev]" -c constraints.txt
 	touch $@
 
 demo: install

@@ -82,7 +82,7 @@ def _overview(artefact: Artefact) -> Iterator[str]:
     if config.min_seq_len:
         rows.append(["dense below", described(config.min_seq_len)])
     rows += [[f"rule {number}", _code(rule.to_dict())] for number, rule in enumerate(config.rules, 1)]
-    yield _table(["", ""], rows)
+    yield markdown_table(["", ""], rows)
 
 
 def _heads(artefact: Artefact, *, heat_map: bool, image: bool) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _training(training: Mapping[str, Any]) -> Iterator[str]:
     names = [name for name in _KNOWN_TRAINING if name in training]
     names += [name for name in training if name not in (*_KNOWN_TRAINING, "figures")]
     if names:
-        yield _table(["", ""], [[name.replace("_", " "), _value(training[name])] for name in names])
+        yield markdown_table(["", ""], [[name.replace("_", " "), _value(training[name])] for name in names])
     figures = training.get("figures")
     if figures:
         yield "## Figures"
@@ -126,7 +126,7 @@ def _figures(figures: Any) -> str:
     present = dict.fromkeys(str(key) for row in rows for key in row)
     columns: list[str] = [name for name in ("case", "value", "unit") if name in present]
     columns += [name for name in present if name not in columns]
-    return _table(columns, [[_value(row[name]) if name in row else "" for name in columns] for row in rows])
+    return markdown_table(columns, [[_value(row[name]) if name in row else "" for name in columns] for row in rows])
 
 
 def _usage(artefact: Artefact, *, has_weights: bool) -> Iterator[str]:
@@ -180,7 +180,9 @@ def _code(value: Any) -> str:
     return f"`{text if len(text) <= 300 else text[:297] + '...'}`"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of plain text."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 

@@ -168,7 +168,8 @@ def test_checks_accept_what_is_allowed(tmp_path: Path) -> None:
 IMPORT_PROBE = """
 import builtins, sys, time
 import torch, transformers
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+# The auto classes load scikit-learn where it is installed (lm_eval needs it): transformers' time, not ours.
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 interfaces = (AttentionInterface, AttentionMaskInterface)
 modules, names = set(sys.modules), [set(i().valid_keys()) for i in interfaces]

@@ -28,6 +28,8 @@ from sparse_hf.hub import one_line
 COMMAND_GROUP = "sparse_hf.commands"
 DEBUG_VARIABLE = "SPARSE_HF_DEBUG"
 REMEDY = 'pip install "sparse-hf[train]"'
+_REMEDIES = {"lm-eval": 'pip install "sparse-hf[train,eval]"'}
+"""Of commands that need more."""
 
 _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect, "sparse-hf inspect RUN/artefact --seq-len 131072"),
@@ -85,16 +87,18 @@ def _add_entry(app: typer.Typer, entry: EntryPoint) -> None:
     except ImportError as error:
         app.command(
             entry.name,
-            help=escape(f"Not available here: {REMEDY}"),
+            help=escape(f"Not available here: {_REMEDIES.get(entry.name, REMEDY)}"),
             context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         )(_unavailable(entry.name, error))
     else:
-        app.command(entry.name)(function)
+        # A command that hands its options to another program says so here.
+        app.command(entry.name, context_settings=getattr(function, "context_settings", None))(function)
 
 
 def _unavailable(name: str, cause: ImportError) -> Callable[[], NoReturn]:
     def command() -> NoReturn:
-        raise ImportError(f"{name!r} needs packages that are not installed ({cause}); {REMEDY}") from cause
+        remedy = _REMEDIES.get(name, REMEDY)
+        raise ImportError(f"{name!r} needs packages that are not installed ({cause}); {remedy}") from cause
 
     return command
 

@@ -34,14 +34,42 @@ def test_train_then_eval(run_yaml: Callable[..., Path], text_file: Path, tmp_pat
     assert "training (masks)" in done.stderr
 
     figures = tmp_path / "figures.json"
-    # The model is tiny, but the tasks are the real ones, which need their room.
-    options = ["--text", str(text_file), "--seq-len", "2048", "--num-samples", "1", "--num-rows", "1"]
+    options = ["--text", str(text_file), "--seq-len", "560", "--num-samples", "1", "--num-rows", "1", "--quick"]
     judged = sparse_hf("eval", str(out), *options, "--output", str(figures), "--json")
     assert judged.returncode == 0, judged.stderr[-2000:]
-    rows = json.loads(judged.stdout)
-    assert [row["case"].split(",")[0].split()[0] for row in rows] == ["recall"] * 3 + ["loss", "KV"]
-    assert rows[-1]["value"] < rows[-1]["baseline"]
-    assert [row["case"] for row in json.loads(figures.read_text())] == [row["case"] for row in rows]
+    found = json.loads(judged.stdout)
+    # The model is tiny and random: it answers nothing, dense or sparse, and the report sets all of it apart.
+    assert found["worst_task"] is None and found["tasks"] == []
+    assert {task["task"] for task in found["failed_by_dense"]} == {"needle", "key_value", "chain"}
+    assert "left out: task 'two_turns' needs seq_len >= " in judged.stderr
+    assert found["kv_bytes"]["sparse"]["held"] < found["kv_bytes"]["dense"]["held"] and found["kv_share"] < 1
+    assert found["folder"] == str(out / "evaluation") and found["settings"]["num_samples"] == 1
+    rows = json.loads(figures.read_text())
+    assert rows == json.loads((out / "evaluation" / "figures.json").read_text())
+    assert rows[0]["case"] == "recall needle, 560 tokens, 1 samples, which dense itself fails"
+    assert {row["unit"] for row in rows} == {"share", "nats/token", "bytes", "%"}
+    assert rows[0]["command"].startswith("sparse-hf eval over --seq-len 560 ") and str(tmp_path) not in str(rows)
+    before = (out / "evaluation" / "report.json").read_text()
+    again = sparse_hf("eval", str(out), *options)
+    assert again.returncode == 0 and (out / "evaluation" / "report.json").read_text() == before
+    assert "no task is left to judge" in again.stdout and "density of decoding" in again.stdout
+    refused = sparse_hf("eval", str(out), *options, "--seed", "7")
+    assert refused.returncode == 1 and "other settings (seed 1234 != 7)" in refused.stderr
+
+
+def test_eval_of_a_preset_on_a_model(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--model", str(model_folder), "--text", str(text_file), "--seq-len", "300", "--num-rows", "1"]
+    options += ["--tasks", "key_value:num_pairs=2", "--num-samples", "2", "--out", str(tmp_path / "out")]
+    done = sparse_hf("eval", "streaming", *options, "--name", "all streaming", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning: 300 tokens are less than 8 times sinks and window (8704)" in done.stderr
+    report = json.loads(done.stdout)
+    assert report["name"] == "all streaming" and report["about"]["methods"] == ["streaming"]
+    assert report["about"]["sparsity"] == "4 of 4 KV heads sparse (100.0%)"
+    refused = sparse_hf("eval", "streaming", *options, "--strict-length")
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: 300 tokens are less")
+    listed = CliRunner().invoke(build_app(), ["eval", "x", "--list-tasks", "--json"])
+    assert "niah_multikey_3" in [row["task"] for row in json.loads(listed.stdout)]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +78,10 @@ def test_train_then_eval(run_yaml: Callable[..., Path], text_file: Path, tmp_pat
         (["train", "none.yaml"], "no such file: none.yaml"),
         (["train", "{config}", "masks.target=1"], "config.yaml.masks: unknown keys ['target']"),
         (["eval", "{folder}", "--text", "x.txt"], "holds no artefact"),
+        (["eval", "{folder}", "--tasks", "haystack"], "unknown task 'haystack'"),
+        (["eval", "{folder}", "--tasks", "vt:num_hops=many"], "expected option=NUMBER"),
+        (["eval", "{folder}", "--dtype", "int8"], "--dtype must be auto"),
+        (["compare", "{folder}"], "holds no report.json; `sparse-hf eval"),
     ],
 )
 def test_errors_are_one_line(run_yaml: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -61,7 +93,7 @@ def test_errors_are_one_line(run_yaml: Callable[..., Path], tmp_path: Path, argu
     assert last.startswith("error: ") and message in last
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "compare"])
 def test_help(command: str) -> None:
     shown = CliRunner().invoke(build_app(), [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert shown.exit_code == 0 and "--json" in shown.output and "Example: sparse-hf" in shown.output
@@ -69,7 +101,8 @@ def test_help(command: str) -> None:
 
 def test_commands_are_listed_without_loading_what_they_need() -> None:
     code = (
-        "import sys; import sparse_hf_training.cli.train, sparse_hf_training.cli.demo, sparse_hf_training.cli.evaluate;"
+        "import sys; import sparse_hf_training.cli.train, sparse_hf_training.cli.demo, sparse_hf_training.cli.evaluate,"
+        "sparse_hf_training.cli.compare, sparse_hf_training.cli.lm_eval;"
         "print([name for name in ('torch', 'transformers', 'datasets', 'accelerate') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

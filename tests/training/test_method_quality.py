@@ -23,8 +23,8 @@ from sparse_hf_training.evaluation.method_quality import (
     judge_methods,
     quality_figures,
     whole_rows,
-    wilson_interval,
 )
+from sparse_hf_training.evaluation.statistics import wilson_interval
 from sparse_hf_training.tasks import Filler, NeedleTask
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from sparse_hf_training.observe.heat_maps import MaskSnapshot
 
 
-def _canvas(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure outside matplotlib's global state, and its axes."""
+def canvas(width: float, height: float, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure outside matplotlib's global state, and its axes.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,7 +37,7 @@ def plot_training(history: Sequence[dict[str, float]], path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure, (losses, sparsities) = _canvas(9, 3.2, 2)
+    figure, (losses, sparsities) = canvas(9, 3.2, 2)
     for axes, prefix in ((losses, "loss/"), (sparsities, "sparsity/")):
         for name in sorted({key for row in history for key in row if key.startswith(prefix)} - {"loss/penalty"}):
             rows = [row for row in history if name in row]
@@ -54,7 +58,7 @@ def plot_recall(report: DemoReport, path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure, (axes,) = _canvas(6, 3.2)
+    figure, (axes,) = canvas(6, 3.2)
     tasks = [result.task for result in report.dense.recall]
     series = {
         "dense": [result.exact_match for result in report.dense.recall],
@@ -85,7 +89,7 @@ def mask_image(openness: Sequence[Sequence[float]], title: str) -> np.ndarray:
         ImportError: if matplotlib is not installed.
     """
     num_layers, num_heads = len(openness), len(openness[0])
-    figure, (axes,) = _canvas(2.4 + 0.28 * num_heads, 1.4 + 0.22 * num_layers)
+    figure, (axes,) = canvas(2.4 + 0.28 * num_heads, 1.4 + 0.22 * num_layers)
     _draw_openness(figure, axes, openness, title)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())
@@ -102,7 +106,7 @@ def plot_mask_history(history: Sequence[MaskSnapshot], path: Path) -> None:
     if not history:
         raise ValueError("the history of the masks is empty; it is written while gates train")
     rows, columns = len(history[0].openness), len(history[0].openness[0])
-    figure, axes = _canvas(4 + 3 * (2.0 + 0.2 * columns), 1.6 + 0.22 * max(rows, 8), 4)
+    figure, axes = canvas(4 + 3 * (2.0 + 0.2 * columns), 1.6 + 0.22 * max(rows, 8), 4)
     for place, number in zip(axes, (0, len(history) // 2, len(history) - 1), strict=False):
         _draw_openness(figure, place, history[number].openness, f"step {history[number].step}", bar=False)
     series = np.asarray([snapshot.openness for snapshot in history]).reshape(len(history), rows * columns)

@@ -156,10 +156,14 @@ def test_counts_out_of_range(make, message: str) -> None:
 
 
 def test_registry() -> None:
-    assert available_tasks() == ("chain", "key_value", "needle")
+    assert {"chain", "key_value", "needle", "niah_single_1", "niah_multikey_3", "vt", "cwe", "fwe"} <= set(
+        available_tasks()
+    )
     assert [make_task(name).name for name in available_tasks()] == list(available_tasks())
     assert make_task("needle", num_needles=3) == NeedleTask(num_needles=3)
-    with pytest.raises(ValueError, match="unknown task 'haystack'; known tasks: chain, key_value, needle"):
+    with pytest.raises(
+        ValueError, match="unknown task 'haystack'; known tasks: chain, copy, cwe, fwe, instruction, key_value, "
+    ):
         make_task("haystack")
     with pytest.raises(ValueError, match="'chain' has no option num_needles; known options: num_variables"):
         make_task("chain", num_needles=3)

@@ -15,9 +15,7 @@ from sparse_hf.figures import Figure
 from sparse_hf.methods import Dense
 from sparse_hf_training.data import PackedTextDataset, Row, pack_documents, text_document
 from sparse_hf_training.evaluation.judge import Judge, Judgement
-
-NORMAL_95 = 1.959964
-"""Quantile of the normal distribution that 95% lie within, on both sides."""
+from sparse_hf_training.evaluation.statistics import wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +87,6 @@ def whole_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len
     rows: ConcatDataset[Row] = ConcatDataset([PackedTextDataset(packed) for packed in long])
     count = min(max_rows, len(rows))
     return Subset(rows, [number * len(rows) // count for number in range(count)])
-
-
-def wilson_interval(num_exact: int, num_samples: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927, score interval): right at 0 and 1, too, where the normal one has no width.
-
-    Raises:
-        ValueError: without samples.
-    """
-    if num_samples <= 0:
-        raise ValueError(f"an interval needs samples, got {num_samples}")
-    share, z2 = num_exact / num_samples, NORMAL_95**2
-    middle = share + z2 / (2 * num_samples)
-    reach = NORMAL_95 * (share * (1 - share) / num_samples + z2 / (4 * num_samples**2)) ** 0.5
-    low, high = ((middle + sign * reach) / (1 + z2 / num_samples) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
 
 
 def quality_figures(found: Sequence[MethodQuality], seq_len: int) -> list[Figure]:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
+from sparse_hf_training.tasks.associative_recall import AssociativeRecallTask
 from sparse_hf_training.tasks.base import Question, RecallSample, RecallTask
 from sparse_hf_training.tasks.chain import ChainTask
+from sparse_hf_training.tasks.common_words import CommonWordsTask
+from sparse_hf_training.tasks.copy_span import CopySpanTask
 from sparse_hf_training.tasks.filler import Filler
+from sparse_hf_training.tasks.frequent_words import FrequentWordsTask
+from sparse_hf_training.tasks.instruction import InstructionTask
 from sparse_hf_training.tasks.key_value import KeyValueTask
 from sparse_hf_training.tasks.needle import NeedleTask
+from sparse_hf_training.tasks.needle_multi_key import MultiKeyNeedleTask
+from sparse_hf_training.tasks.needle_multi_query import MultiQueryNeedleTask
+from sparse_hf_training.tasks.needle_multi_value import MultiValueNeedleTask
+from sparse_hf_training.tasks.needle_repetitive import RepetitiveNeedleTask
+from sparse_hf_training.tasks.needle_single import SingleNeedleTask
+from sparse_hf_training.tasks.two_turns import TwoTurnsTask
+from sparse_hf_training.tasks.uuid_key_value import UuidKeyValueTask
+from sparse_hf_training.tasks.variable_tracking import VariableTrackingTask
 
-_TASKS: dict[str, type[RecallTask]] = {task.name: task for task in (NeedleTask, KeyValueTask, ChainTask)}
+_CLASSES: tuple[type[RecallTask], ...] = (
+    NeedleTask,
+    KeyValueTask,
+    ChainTask,
+    RepetitiveNeedleTask,
+    SingleNeedleTask,
+    MultiKeyNeedleTask,
+    UuidKeyValueTask,
+    MultiValueNeedleTask,
+    MultiQueryNeedleTask,
+    VariableTrackingTask,
+    CommonWordsTask,
+    FrequentWordsTask,
+    CopySpanTask,
+    AssociativeRecallTask,
+    TwoTurnsTask,
+    InstructionTask,
+)
+_TASKS: dict[str, type[RecallTask]] = {task.name: task for task in _CLASSES}
 
 
 def available_tasks() -> tuple[str, ...]:
@@ -34,14 +65,38 @@ def make_task(name: str, **kwargs: Any) -> RecallTask:
     return _TASKS[name](**kwargs)
 
 
+def task_label(task: RecallTask) -> str:
+    """The task's name, with the options that differ from their defaults: `vt(num_hops=8)`."""
+    changed = [
+        f"{field.name}={getattr(task, field.name)}"
+        for field in fields(task)
+        if field.default is MISSING or getattr(task, field.name) != field.default
+    ]
+    return f"{task.name}({', '.join(changed)})" if changed else task.name
+
+
 __all__ = [
+    "AssociativeRecallTask",
     "ChainTask",
+    "CommonWordsTask",
+    "CopySpanTask",
     "Filler",
+    "FrequentWordsTask",
+    "InstructionTask",
     "KeyValueTask",
+    "MultiKeyNeedleTask",
+    "MultiQueryNeedleTask",
+    "MultiValueNeedleTask",
     "NeedleTask",
     "Question",
     "RecallSample",
     "RecallTask",
+    "RepetitiveNeedleTask",
+    "SingleNeedleTask",
+    "TwoTurnsTask",
+    "UuidKeyValueTask",
+    "VariableTrackingTask",
     "available_tasks",
     "make_task",
+    "task_label",
 ]

@@ -1,6 +1,7 @@
-"""What a recall task is: facts hidden in running text, then questions that only those facts answer.
+"""What a recall task is: a context that holds facts, then questions that only those facts answer.
 
-A subclass says which facts and questions (`draw`); hiding them and keeping exact token spans happens here, once.
+A subclass composes context and questions as tokens of an exact length; the spans of a sample are kept here, once. A
+sample is answered when every token of every answer is right.
 """
 
 from __future__ import annotations
@@ -9,30 +10,23 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from sparse_hf_training.tasks.filler import Filler
 
 Span = tuple[int, int]
 
-# How tokenizers mark a token that begins a new word: byte-level space and newline, SentencePiece space.
-_WORD_START_MARKS = ("Ġ", "Ċ", "▁", " ", "\n")
-# How far a fact may be moved to reach a word's start; a longer run without one is not prose (base64, CJK).
-_MAX_WORD_TOKENS = 16
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecallSample:
     """One sequence with its questions and answers marked.
 
-    Spans are `[start, end)` token indices into `input_ids`, one pair per question in order of appearance.
+    Spans are `[start, end)` token indices into `input_ids`; of answers and questions one pair per question in order of
+    appearance.
     """
 
     task: str
@@ -43,6 +37,18 @@ class RecallSample:
     """The tokens of each answer's value alone."""
     question_spans: tuple[Span, ...]
     """Each question with its answer and the closing punctuation: where the loss is taken."""
+    fact_spans: tuple[Span, ...] = ()
+    """Each fact, in the order of the text."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens before the first question."""
+        return self.question_spans[0][0]
+
+    @property
+    def depths(self) -> tuple[float, ...]:
+        """Where each fact begins, as a share of the context."""
+        return tuple(start / max(self.context_length, 1) for start, _ in self.fact_spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +60,38 @@ class Question:
     end: str
 
 
+Pieces = tuple[list[int], list[int], list[int]]
+"""A question's prompt, answer and end as tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A sample before its questions are appended: the context's tokens, where facts lie in it, and the questions."""
+
+    context: list[int]
+    fact_spans: list[Span]
+    questions: list[Pieces]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecallTask(ABC):
     """Base of the recall tasks; its fields are the knobs of one task, its methods keep no state."""
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    """What it asks, in one line."""
+    context_first: ClassVar[bool] = False
+    """The context is read, and compressed, before a question is seen, and questions come one by one."""
 
     @abstractmethod
-    def draw(self, rng: random.Random) -> tuple[list[str], list[Question]]:
-        """Random facts, in the order the text states them, and the questions about them."""
+    def compose(
+        self, rng: random.Random, filler: Filler, tokenizer: PreTrainedTokenizerBase, seq_len: int
+    ) -> Composition:
+        """Context and questions of `seq_len` tokens together.
+
+        Raises:
+            ValueError: `seq_len` has no room for the facts and the questions.
+        """
 
     def sample(
         self, rng: random.Random, filler: Filler, tokenizer: PreTrainedTokenizerBase, seq_len: int
@@ -72,30 +101,30 @@ class RecallTask(ABC):
         Raises:
             ValueError: `seq_len` has no room for the facts and the questions.
         """
-        facts, questions = self.draw(rng)
-        fact_ids = _encode(tokenizer, facts)
-        question_ids = _encode(tokenizer, [piece for q in questions for piece in (q.prompt, q.answer, q.end)])
-        need = sum(map(len, fact_ids)) + sum(map(len, question_ids))
-        if seq_len < need:
-            raise ValueError(
-                f"task {self.name!r} needs seq_len >= {need} tokens for {len(facts)} facts and {len(questions)} "
-                f"questions, got seq_len={seq_len}; raise seq_len or ask for fewer facts"
-            )
-        input_ids = _hide(fact_ids, filler.take(rng, seq_len - need), tokenizer, rng)
+        parts = self.compose(rng, filler, tokenizer, seq_len)
+        input_ids = parts.context
         answer_spans: list[Span] = []
         question_spans: list[Span] = []
-        for first in range(0, len(question_ids), 3):
-            prompt, answer, end = question_ids[first : first + 3]
+        for prompt, answer, end in parts.questions:
             start = len(input_ids)
             answer_start = start + len(prompt)
             input_ids += prompt + answer + end
             answer_spans.append((answer_start, answer_start + len(answer)))
             question_spans.append((start, len(input_ids)))
+        assert len(input_ids) == seq_len
         return RecallSample(
             task=self.name,
             input_ids=tuple(input_ids),
             answer_spans=tuple(answer_spans),
             question_spans=tuple(question_spans),
+            fact_spans=tuple(parts.fact_spans),
+        )
+
+    def too_short(self, seq_len: int, need: int, what: str) -> ValueError:
+        """The error of a length that does not hold the sample."""
+        return ValueError(
+            f"task {self.name!r} needs seq_len >= {need} tokens for {what}, got seq_len={seq_len}; "
+            "raise seq_len or ask for fewer facts"
         )
 
 
@@ -105,29 +134,22 @@ def check_range(task: str, field: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"task {task!r}: {field} must be between {low} and {high}, got {value}")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def check_depth(task: str, depth: float | None) -> None:
+    """Raise a ValueError unless the depth is None or lies in [0, 1]."""
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"task {task!r}: depth must be null or lie in [0, 1], got {depth}")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without special tokens."""
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
-def _hide(
-    facts: list[list[int]], text: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, rng: random.Random
-) -> list[int]:
-    """Insert the facts, in order, at random places of `text` [n]."""
-    tokens = text.tolist()
-    cuts = sorted(rng.randint(0, len(tokens)) for _ in facts)
-    out: list[int] = []
-    done = 0
-    for fact, cut in zip(facts, cuts, strict=True):
-        # Rounding up to a word start keeps the order of the cuts, as they all round up the same way.
-        cut = _next_word_start(tokens, cut, tokenizer)
-        out += tokens[done:cut] + fact
-        done = cut
-    return out + tokens[done:]
+def encode_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Pieces]:
+    """The pieces of each question, tokenised apart."""
+    ids = encode(tokenizer, [piece for q in questions for piece in (q.prompt, q.answer, q.end)])
+    return [(ids[n], ids[n + 1], ids[n + 2]) for n in range(0, len(ids), 3)]
 
 
-def _next_word_start(tokens: list[int], cut: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    window = tokenizer.convert_ids_to_tokens(tokens[cut : cut + _MAX_WORD_TOKENS])
-    for offset, token in enumerate(window):
-        if token.startswith(_WORD_START_MARKS):
-            return cut + offset
-    return cut
+def num_question_tokens(questions: Sequence[Pieces]) -> int:
+    return sum(len(piece) for question in questions for piece in question)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparse_hf_training.tasks.base import Question, RecallTask, check_range
+from sparse_hf_training.tasks.base import Question, check_range
+from sparse_hf_training.tasks.hidden import HiddenFactsTask
 
 if TYPE_CHECKING:
     import random
@@ -15,7 +16,7 @@ _MAX_PAIRS = 4_500_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyValueTask(RecallTask):
+class KeyValueTask(HiddenFactsTask):
     """Pairs of numbers scattered over the text; a question gives a key and asks for its value.
 
     Raises:
@@ -23,6 +24,7 @@ class KeyValueTask(RecallTask):
     """
 
     name: ClassVar[str] = "key_value"
+    summary: ClassVar[str] = "the value of one number among pairs of numbers in running text"
 
     num_pairs: int = 16
     """Pairs hidden in the text; the ones not asked about distract."""

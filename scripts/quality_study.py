@@ -1,0 +1,170 @@
+"""Which recipe loses least per byte kept? Recipes that choose heads, side by side at equal KV bytes, on one model.
+
+    python scripts/quality_study.py --out docs/benchmarks --budget-minutes 20
+    python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 256 --out DIR
+
+Writes FILE.json after every unit and keeps each measured cell under --cells, so that the same line goes on where it
+stopped. On the shipped 4M model and books by default. .txt and .jsonl texts need no `datasets`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sparse_hf.calibrate.text import CalibrationText
+from sparse_hf.figures import write_figures
+from sparse_hf.methods import Method, Streaming, Triangle, XAttention
+from sparse_hf.progress import progress_bar
+from sparse_hf_training.data import PackedTextDataset, pack_documents, text_document
+from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, WINDOW_SIZE
+from sparse_hf_training.evaluation.command import parse_tasks
+from sparse_hf_training.evaluation.lab import Lab, check_length
+from sparse_hf_training.evaluation.variant import VariantResult
+from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.figures import study_figures
+from sparse_hf_training.study.study import Plan, Study, Unit
+from sparse_hf_training.tasks import Filler
+
+BRANCHES = ("streaming", "triangle", "xattention")
+TASKS = "needle,key_value,chain,niah_multikey_2,two_turns"
+TRAIN_TASKS = "needle,key_value,chain"
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) / 100 for part in names(text))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id")
+    parser.add_argument("--data", default=str(ASSETS / "text" / "train"), help="training text")
+    parser.add_argument("--held", default=str(ASSETS / "text" / "validation"), help="held text")
+    parser.add_argument("--recipes", type=names, default=Plan.recipes)
+    parser.add_argument("--sparsities", type=shares, default=Plan.sparsities, help="percent, such as 50,75")
+    parser.add_argument("--stages", type=names, default=Plan.stages)
+    parser.add_argument("--seeds", type=int, default=Plan.num_seeds)
+    parser.add_argument("--branch", choices=BRANCHES, default=BRANCHES[0], help="method of sparse heads")
+    parser.add_argument("--sinks", type=int, default=NUM_SINK_TOKENS)
+    parser.add_argument("--window", type=int, default=WINDOW_SIZE)
+    parser.add_argument("--tasks", default=TASKS, help="as sparse-hf eval --tasks")
+    parser.add_argument("--train-tasks", default=TRAIN_TASKS, help="that recipes learn from")
+    parser.add_argument("--seq-len", type=int, default=2048, help="of samples and rows that are measured")
+    parser.add_argument("--train-seq-len", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=200, help="per task")
+    parser.add_argument("--rows", type=int, default=32, help="of held text")
+    parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")
+    parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
+    parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
+    parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--name", default="quality_study", help="of the file of figures")
+    parser.add_argument("--cells", type=Path, default=Path("runs/quality_study"), help="folder of measured cells")
+    parser.add_argument("--overwrite", action="store_true", help="forget cells of other settings")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    return parser.parse_args(arguments)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The line that repeats the study; where files lie on the machine that measured is nobody's business."""
+    shown = [Path(word).name if "/" in word else word for word in arguments]
+    return " ".join(["python scripts/quality_study.py", *shown])
+
+
+def branch(options: argparse.Namespace) -> Method:
+    """The method of sparse heads."""
+    window = {"num_sink_tokens": options.sinks, "window_size": options.window}
+    if options.branch == "xattention":
+        return XAttention()
+    return Triangle(**window) if options.branch == "triangle" else Streaming(**window)
+
+
+def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
+    """The model with its training text, and what is measured on the held one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+
+    def load() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
+
+    train, held = (list(CalibrationText(path=path).documents()) for path in (options.data, options.held))
+
+    def rows(texts: list[str], seq_len: int) -> PackedTextDataset:
+        return PackedTextDataset(pack_documents([text_document(text, tokenizer) for text in texts], seq_len)[0])
+
+    bench = Bench(
+        load=load,
+        tokenizer=tokenizer,
+        branch=branch(options),
+        filler=Filler.from_texts(train, tokenizer),
+        rows=rows(train, options.train_seq_len),
+        tasks=parse_tasks(options.train_tasks),
+        seq_len=options.train_seq_len,
+        batch_size=options.train_batch,
+        max_steps=options.steps,
+    )
+    lab = Lab(
+        tokenizer=tokenizer,
+        tasks=parse_tasks(options.tasks),
+        filler=Filler.from_texts(held, tokenizer),
+        rows=rows(held, options.seq_len),
+        seq_len=options.seq_len,
+        num_samples=options.samples,
+        num_rows=options.rows,
+        batch_size=options.batch_size,
+    )
+    return bench, lab
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    plan = Plan(
+        recipes=options.recipes,
+        sparsities=options.sparsities,
+        num_seeds=options.seeds,
+        stages=options.stages,
+        tune_rate=options.tune_rate,
+    )
+    deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
+    study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
+    check_length(study.model, options.seq_len)
+    found: dict[Unit, VariantResult] = {}
+    dense: VariantResult | None = None
+    console = Console(stderr=True)
+    total = len(list(plan.units()))
+    with progress_bar(console) as progress:
+        bar = progress.add_task("units", total=total, figures="dense")
+
+        def show(unit: Unit | None, what: str) -> None:
+            progress.update(bar, figures=f"{'dense' if unit is None else unit.variant}: {what}")
+
+        for unit, result in study.run(deadline=deadline, progress=show):
+            if unit is None:
+                dense = result
+                continue
+            assert dense is not None
+            found[unit] = result
+            progress.advance(bar)
+            # A study that is cut short leaves what it measured.
+            write_figures(options.out / f"{options.name}.json", study_figures(dense, found), command=command(arguments))
+            shares = ", ".join(f"{task.task} {task.share:.2f}" for task in result.tasks)
+            console.print(f"{unit.variant}: {shares}, loss {result.text.mean:.4f}", highlight=False)
+    if len(found) < total:
+        console.print(f"time is up after {len(found)} of {total} units; the same line goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Losses token by token: on held text by position, and on the answers of recall samples apart.
+
+A loss over all tokens hides what a model forgets: recall tokens are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparse_hf_training.data import Row
+from sparse_hf_training.objectives import LossHead, label_positions
+from sparse_hf_training.tasks import RecallSample
+
+NUM_BINS = 16
+_TOKENS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoss:
+    """Loss on held text in nats per token.
+
+    Args:
+        rows: mean of each row.
+        edges: positions in a document that bound the bins, `NUM_BINS + 1` of them.
+        bins: mean of each bin over all rows, NaN where no token lies.
+    """
+
+    rows: tuple[float, ...]
+    edges: tuple[int, ...]
+    bins: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rows) / len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TextLoss:
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel, head: LossHead, input_ids: Tensor, position_ids: Tensor, kept: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy of each target `[num_targets]`; logits exist for a few thousand tokens at a time.
+
+    Args:
+        model: in evaluation mode.
+        head: the model's.
+        input_ids, position_ids: `[batch, seq_len]`.
+        kept: `[batch, seq_len]`, where a target is predicted.
+        targets: `[num_targets]`.
+    """
+    states = head.final_states(lambda: model(input_ids=input_ids, position_ids=position_ids, use_cache=False), kept)
+    pieces = zip(states.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
+    return torch.cat([F.cross_entropy(head.module(part).float(), target, reduction="none") for part, target in pieces])
+
+
+def text_loss(model: PreTrainedModel, rows: Iterable[Row], seq_len: int) -> TextLoss:
+    """Loss of each row and by position in the document, each row's packed documents kept apart.
+
+    Args:
+        model: dense or sparse, in evaluation mode.
+        rows: of `input_ids`, `labels`, `position_ids`, each `[seq_len]`.
+        seq_len: tokens of a row.
+
+    Raises:
+        ValueError: if there is no row.
+    """
+    head, means = LossHead(model), list[float]()
+    sums, counts = torch.zeros(NUM_BINS, dtype=torch.float64), torch.zeros(NUM_BINS, dtype=torch.float64)
+    for row in rows:
+        ids, labels, positions = (row[name][None].to(model.device) for name in ("input_ids", "labels", "position_ids"))
+        kept, targets = label_positions(labels)
+        losses = token_losses(model, head, ids, positions, kept, targets).double().cpu()
+        bins = (positions[kept].cpu() * NUM_BINS // seq_len).clamp(max=NUM_BINS - 1)
+        sums.index_add_(0, bins, losses)
+        counts.index_add_(0, bins, torch.ones_like(losses))
+        means.append(losses.mean().item())
+    if not means:
+        raise ValueError("no rows to judge the loss on; give more text or a shorter seq_len")
+    edges = tuple(seq_len * n // NUM_BINS for n in range(NUM_BINS + 1))
+    return TextLoss(rows=tuple(means), edges=edges, bins=tuple((sums / counts).tolist()))
+
+
+def answer_loss(model: PreTrainedModel, head: LossHead, sample: RecallSample) -> float:
+    """Mean loss of a sample's answers, given all that precedes them."""
+    ids = torch.tensor([sample.input_ids], device=model.device)
+    kept = torch.zeros_like(ids, dtype=torch.bool)
+    for start, end in sample.answer_spans:
+        kept[:, start - 1 : end - 1] = True
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    targets = ids.roll(-1, 1)[kept]
+    return token_losses(model, head, ids, positions, kept, targets).mean().item()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,99 @@
+"""Intervals and tests that hold for few samples and for shares near 0 and 1.
+
+Dense and sparse answer the same samples, so what they are compared by is paired. Shares: McNemar's exact test, which
+looks at the samples where the two differ and assumes nothing of how hard samples are, and Newcombe's score interval of
+the difference, which keeps a width where both are perfect (a bootstrap of 200 equal outcomes has none). Losses are no
+counts; they have a bootstrap over rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+NORMAL_95 = 1.959964
+"""Quantile of the normal distribution that 95% lie within, on both sides."""
+
+Interval = tuple[float, float]
+
+
+def wilson_interval(num_exact: int, num_samples: int) -> Interval:
+    """95% interval of a share (Wilson 1927, score interval): right at 0 and 1, too, where the normal one has no width.
+
+    Raises:
+        ValueError: without samples.
+    """
+    if num_samples <= 0:
+        raise ValueError(f"an interval needs samples, got {num_samples}")
+    share, z2 = num_exact / num_samples, NORMAL_95**2
+    middle = share + z2 / (2 * num_samples)
+    reach = NORMAL_95 * (share * (1 - share) / num_samples + z2 / (4 * num_samples**2)) ** 0.5
+    low, high = ((middle + sign * reach) / (1 + z2 / num_samples) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def paired_counts(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, int, int]:
+    """Samples that both have right, only `one`, only `other`, and neither.
+
+    Raises:
+        ValueError: if the two are not of the same samples, or there are none.
+    """
+    if len(one) != len(other) or not one:
+        raise ValueError(f"paired outcomes are of the same samples, got {len(one)} and {len(other)}")
+    pairs = list(zip(one, other, strict=True))
+    return tuple(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))  # type: ignore[return-value]
+
+
+def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
+    """Two-sided p-value of McNemar's exact test: the binomial of the samples that only one of the two has right."""
+    _, only_one, only_other, _ = paired_counts(one, other)
+    differing, fewer = only_one + only_other, min(only_one, only_other)
+    tail = sum(math.comb(differing, k) for k in range(fewer + 1)) / 2**differing
+    return min(1.0, 2 * tail)
+
+
+def paired_difference_interval(one: Sequence[bool], other: Sequence[bool]) -> Interval:
+    """95% interval of share(one) - share(other) on the same samples (Newcombe 1998, hybrid score interval 10)."""
+    both, only_one, only_other, neither = paired_counts(one, other)
+    count = len(one)
+    p1, p2 = (both + only_one) / count, (both + only_other) / count
+    (low1, high1), (low2, high2) = (wilson_interval(n, count) for n in (both + only_one, both + only_other))
+    margins = (both + only_one) * (only_other + neither) * (both + only_other) * (only_one + neither)
+    cross = both * neither - only_one * only_other
+    if cross > 0:  # continuity correction
+        cross = int(max(cross - count / 2, 0))
+    phi = cross / math.sqrt(margins) if margins else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    difference = p1 - p2
+    low, high = reach(p1 - low1, high2 - p2), reach(p2 - low2, high1 - p1)
+    return max(difference - low, -1.0), min(difference + high, 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance that any of them is a false alarm stays below."""
+    order = sorted(range(len(p_values)), key=lambda n: p_values[n])
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0, draws: int = 10_000) -> Interval:
+    """95% percentile interval of the mean of paired differences, each unit (row, sample) drawn with replacement.
+
+    Raises:
+        ValueError: without values.
+    """
+    if not values:
+        raise ValueError("an interval needs values, got none")
+    array = np.asarray(values, dtype=np.float64)
+    chosen = np.random.default_rng(seed).integers(0, len(array), size=(draws, len(array)))
+    low, high = np.quantile(array[chosen].mean(1), [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,78 @@
+"""A study's figures in the project's schema: one row of a table per recipe, stage and sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sparse_hf.figures import Figure
+from sparse_hf_training.evaluation.report import MIN_DENSE
+from sparse_hf_training.evaluation.statistics import paired_difference_interval, wilson_interval
+from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
+from sparse_hf_training.study.study import Unit, pooled
+
+STAGE_TITLES = {"masks": "masks only", "masks_and_weights": "masks and weights"}
+
+
+def study_figures(dense: VariantResult, found: Mapping[Unit, VariantResult]) -> list[Figure]:
+    """Per stage, sparsity and recipe, over its seeds: recall, the worst task, loss and bytes, beside dense.
+
+    Tasks that dense fails are left out. A case reads "masks only, 75% sparse, RECIPE: COLUMN", as
+    `scripts/make_tables.py` wants it for a grid. Intervals are over the samples of all seeds; the lowest seed stands
+    beside them, since samples do not tell how seeds differ.
+
+    Raises:
+        ValueError: if dense fails every task.
+    """
+    tasks = [task for task in dense.tasks if task.share >= MIN_DENSE]
+    if not tasks:
+        raise ValueError(
+            f"the dense model answers no task in {MIN_DENSE:.0%} of the samples: there is nothing to study"
+        )
+    groups: dict[tuple[str, float, str], list[VariantResult]] = {}
+    for unit, result in found.items():
+        groups.setdefault((unit.stage, unit.head_sparsity, unit.recipe), []).append(result)
+    figures: list[Figure] = []
+    for (stage, sparsity, recipe), results in groups.items():
+        title = f"{STAGE_TITLES[stage]}, {100 * sparsity:g}% sparse, {recipe}"
+        figures += _recipe_figures(title, dense, results, [task.task for task in tasks])
+    return figures
+
+
+def _recipe_figures(
+    title: str, dense: VariantResult, results: Sequence[VariantResult], names: Sequence[str]
+) -> list[Figure]:
+    base = {task.task: task for task in dense.tasks}
+    outcomes = {name: exact for name, exact in pooled(results).items() if name in names}
+    worst = min(names, key=lambda name: sum(outcomes[name]) / len(outcomes[name]) - base[name].share)
+    change = sum(outcomes[worst]) / len(outcomes[worst]) - base[worst].share
+    every = [exact for name in names for exact in outcomes[name]]
+    losses = [result.text.mean / dense.text.mean - 1 for result in results]
+    figures: list[Figure] = []
+
+    def add(column: str, value: float, unit: str, *, lower: bool = False, baseline: float | None = None) -> None:
+        figures.append(
+            Figure(case=f"{title}: {column}", value=value, unit=unit, lower_is_better=lower, baseline=baseline)
+        )
+
+    add("recall", sum(every) / len(every), "share", baseline=sum(base[n].share for n in names) / len(names))
+    for end, value in zip(("low", "high"), wilson_interval(sum(every), len(every)), strict=True):
+        add(f"recall (95% {end})", value, "share")
+    add("worst task, change", change, "share", baseline=0.0)
+    ends = paired_difference_interval(outcomes[worst], base[worst].exact * len(results))
+    for end, value in zip(("low", "high"), ends, strict=True):
+        add(f"worst task, change (95% {end})", value, "share")
+    add("worst task, change, lowest seed", _lowest(results, base, names), "share", baseline=0.0)
+    for name in names:
+        add(f"recall {name}", sum(outcomes[name]) / len(outcomes[name]), "share", baseline=base[name].share)
+    add("loss, increase", 100 * sum(losses) / len(losses), "%", lower=True, baseline=0.0)
+    held = [result.footprint.held / dense.footprint.held for result in results]
+    add("KV bytes, of dense", 100 * sum(held) / len(held), "%", lower=True, baseline=100.0)
+    density = [result.footprint.prefill_density for result in results]
+    add("density of prefill", 100 * sum(density) / len(density), "%", lower=True, baseline=100.0)
+    add("seeds", float(len(results)), "count")
+    return figures
+
+
+def _lowest(results: Sequence[VariantResult], base: Mapping[str, TaskOutcome], names: Sequence[str]) -> float:
+    """The largest fall of any task in any seed."""
+    return min(task.share - base[task.task].share for result in results for task in result.tasks if task.task in names)

@@ -1,0 +1,250 @@
+"""Recipes that rank heads: ours, those that are published, and the baselines that each must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from sparse_hf.calibrate.framework import Target
+from sparse_hf.calibrate.scores import ScoresCalibrator, ScoresOptions
+from sparse_hf.head_masks import round_scores
+from sparse_hf.methods import Streaming
+from sparse_hf.patching import get_handle, set_head_masks
+from sparse_hf_training.evaluation.losses import answer_loss, mean
+from sparse_hf_training.evaluation.recall import recall_samples
+from sparse_hf_training.masks import MaskLearning, MaskLearningConfig
+from sparse_hf_training.objectives import LossHead, ObjectiveConfig
+from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.tasks import NeedleTask
+
+DUO_PASSKEYS = 10
+NUM_CALIBRATION_SEQUENCES = 8
+ABLATION_SAMPLES = 8
+PRULONG_DECAY = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to rank heads.
+
+    Args:
+        name: in tables.
+        summary: what it does, in one line.
+        rank: scores `[num_layers, num_kv_heads]` of a model, larger = stays full, for a head sparsity.
+        per_sparsity: it learns anew for each sparsity; others rank once.
+        draws: how many seeds it is worth, or None for the study's.
+    """
+
+    name: str
+    summary: str
+    rank: Callable[[Bench, PreTrainedModel, float], Tensor]
+    per_sparsity: bool = False
+    draws: int | None = None
+
+    def masks(self, bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+        """Head masks with that share of sparse heads: the lowest scores."""
+        return round_scores(self.rank(bench, model, head_sparsity), head_sparsity)
+
+
+def ours(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """Hard-concrete gates, distilled from the dense model on the tokens that need recall; the shipped defaults."""
+    config = MaskLearningConfig(end_head_sparsity=head_sparsity, seed=bench.seed)
+    return _learned(bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
+
+
+def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLearningConfig:
+    return MaskLearningConfig(
+        end_head_sparsity=head_sparsity,
+        sparsity_warmup_ratio=0.8,
+        mask_learning_rate=1.0,
+        reg_learning_rate=1.0,
+        mask_rate_schedule="cosine",
+        clamp_log_alpha=clamp,
+        clamp_multipliers=clamp,
+        seed=bench.seed,
+    )
+
+
+def prulong_mended(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """PruLong's rates and schedule with what is mended here: the closed-form penalty, no decay, bounds of 10."""
+    config, objective = _prulong(bench, head_sparsity, 10.0), ObjectiveConfig(lm=1.0, kl=0.0)
+    return _learned(bench.train(model, "masks", bench.text_rows(), objective, config))
+
+
+def prulong_published(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """PruLong as released: the penalty on sampled gates, and weight decay 0.1 on gates and multipliers.
+
+    Its third defect, a gather that loses the penalty's gradient, needs sequence parallelism and is left out.
+    """
+
+    def prepare(learning: MaskLearning) -> Sequence[TrainerCallback]:
+        learning.penalty = MethodType(_sampled_penalty, learning)  # type: ignore[method-assign]
+        return [_Decay(learning)]
+
+    config, objective = _prulong(bench, head_sparsity, None), ObjectiveConfig(lm=1.0, kl=0.0)
+    return _learned(bench.train(model, "masks", bench.text_rows(), objective, config, prepare=prepare))
+
+
+def _sampled_penalty(learning: MaskLearning) -> Tensor:
+    drawn = [learning.layer_gate(layer) for layer in range(learning.budgets.num_layers)]
+    if any(z is None for z in drawn):
+        raise RuntimeError("the penalty on sampled gates needs a draw, which a forward pass in training makes")
+    sparsity = 1 - torch.stack([z for z in drawn if z is not None])
+    return learning.regularizer(learning.budgets.per_constraint(sparsity), learning.targets())
+
+
+class _Decay(TrainerCallback):
+    """Decoupled weight decay of gates and multipliers, at their own rates."""
+
+    def __init__(self, learning: MaskLearning) -> None:
+        self.learning = learning
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config = self.learning.config
+        factor = config.rate_factor(max(state.global_step - 1, 0), state.max_steps)
+        for part, rate in (
+            (self.learning.gates, config.mask_learning_rate),
+            (self.learning.regularizer, config.reg_learning_rate),
+        ):
+            for parameter in part.parameters():
+                parameter.mul_(1 - rate * factor * PRULONG_DECAY)
+
+
+def duo_attention(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """DuoAttention's optimisation: clamped alpha, L1, distance of final hidden states on hidden passkeys' answers."""
+    config = MaskLearningConfig(
+        gates="duo",
+        init_alpha=1.0,
+        regularizer="l1",
+        reg_weight=0.05,
+        mask_learning_rate=0.02,
+        mask_rate_schedule="trapezoid",
+        seed=bench.seed,
+    )
+    tasks = bench.tasks
+    if bench.tokenizer is not None:
+        tasks = [NeedleTask(num_needles=DUO_PASSKEYS, num_questions=DUO_PASSKEYS)]
+    objective = ObjectiveConfig(lm=0.0, kl=0.0, hidden=1.0)
+    return _learned(bench.train(model, "masks", bench.recall_rows(tasks, question_loss=False), objective, config))
+
+
+def training_free(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """`sparse-hf calibrate scores`: what windows miss, and what is found again in repeated text."""
+    if not isinstance(bench.branch, Streaming):
+        raise ValueError(f"training-free scores are of streaming heads, the branch is {bench.branch.name!r}")
+    options = ScoresOptions(num_sink_tokens=bench.branch.num_sink_tokens, window_size=bench.branch.window_size)
+    dense = bench.load().eval()  # it looks at a dense model
+    calibrator = ScoresCalibrator(options, Target.of(dense, bench.seq_len), bench.seed)
+    for number in range(min(NUM_CALIBRATION_SEQUENCES, len(bench.rows))):  # type: ignore[arg-type]
+        calibrator.run(dense, bench.rows[number]["input_ids"][None].to(dense.device), number)
+    scores = calibrator.finish().scores
+    assert scores is not None
+    return scores
+
+
+def ablation(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """One forward pass a head and sample: how much the loss on answers rises when this head alone is sparse."""
+    samples = [
+        sample
+        for task in bench.tasks
+        for sample in recall_samples(
+            task,
+            bench.filler,
+            bench.tokenizer,  # type: ignore[arg-type]
+            bench.seq_len,
+            ABLATION_SAMPLES,
+            bench.seed,
+        )
+    ]
+    head, masks = LossHead(model), torch.ones_like(get_handle(model).head_masks)
+    with _all_full(model):
+
+        def loss(masks: Tensor) -> float:
+            set_head_masks(model, masks)
+            return mean([answer_loss(model, head, sample) for sample in samples])
+
+        before = loss(masks)
+        scores = torch.zeros(masks.shape)
+        for layer, number in masks.nonzero().tolist():
+            without = masks.clone()
+            without[layer, number] = 0
+            scores[layer, number] = loss(without) - before
+    return scores
+
+
+def random_heads(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """Scores drawn at random."""
+    shape = get_handle(model).head_masks.shape
+    return torch.rand(shape, generator=torch.Generator().manual_seed(bench.seed))
+
+
+def uniform_layers(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """Whole layers, at even distances over the depth, stay full; one of them in part where the number asks for it."""
+    num_layers, num_heads = get_handle(model).head_masks.shape
+    num_full = num_layers * num_heads - round(head_sparsity * num_layers * num_heads)
+    count = max(1, -(-num_full // num_heads))
+    chosen = [(2 * n + 1) * num_layers // (2 * count) for n in range(count)]
+    scores = torch.zeros(num_layers, num_heads)
+    for rank, layer in enumerate(chosen):
+        scores[layer] = num_layers - rank
+    return scores
+
+
+@contextmanager
+def _all_full(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    set_head_masks(model, torch.ones_like(get_handle(model).head_masks))
+    try:
+        yield
+    finally:
+        set_head_masks(model, torch.ones_like(get_handle(model).head_masks))
+        model.train(was_training)
+
+
+def _learned(scores: Tensor | None) -> Tensor:
+    assert scores is not None
+    return scores
+
+
+def _described(name: str, rank: Callable[[Bench, PreTrainedModel, float], Tensor], **more: Any) -> Recipe:
+    return Recipe(name=name, summary=(rank.__doc__ or "").strip().splitlines()[0], rank=rank, **more)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _described("ours", ours, per_sparsity=True),
+        _described("prulong_published", prulong_published, per_sparsity=True),
+        _described("prulong_mended", prulong_mended, per_sparsity=True),
+        _described("duo_attention", duo_attention),
+        _described("training_free", training_free),
+        _described("ablation", ablation),
+        _described("random", random_heads, draws=5),
+        _described("uniform_layers", uniform_layers, draws=1),
+    )
+}
+UNIFORM_WINDOW = "uniform_window"
+"""No ranking: every head has the window that holds as many bytes as the masks of the others."""
+
+
+def uniform_window(branch: Streaming, head_sparsity: float, seq_len: int) -> Streaming:
+    """The streaming method that holds, on all heads, the keys that masks of this sparsity hold on average.
+
+    Raises:
+        ValueError: if they hold fewer keys than the sinks.
+    """
+    kept = (1 - head_sparsity) * seq_len + head_sparsity * (branch.num_sink_tokens + branch.window_size - 1)
+    return replace(branch, window_size=round(kept) - branch.num_sink_tokens + 1)
+
+
+# Which layers a planted head is in is drawn at random: whole layers could find it by luck alone.
+PLANTED_RECIPES: Sequence[str] = tuple(name for name in RECIPES if name != "uniform_layers")

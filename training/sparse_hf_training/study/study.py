@@ -1,0 +1,200 @@
+"""Recipes side by side at equal bytes: rank, deploy, measure, cell by cell, as long as the time given lasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparse_hf.config import SparseConfig
+from sparse_hf.head_masks import round_scores
+from sparse_hf.methods import Streaming
+from sparse_hf.patching import get_handle, set_head_masks
+from sparse_hf.sparsify import sparsify
+from sparse_hf_training.evaluation.cells import CellStore
+from sparse_hf_training.evaluation.lab import DENSE, Lab, Progress
+from sparse_hf_training.evaluation.variant import VariantResult
+from sparse_hf_training.objectives import ObjectiveConfig
+from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.recipes import RECIPES, UNIFORM_WINDOW, uniform_window
+from sparse_hf_training.tasks import task_label
+
+STAGES = ("masks", "masks_and_weights")
+SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
+TUNE_RECALL_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One thing to measure: a recipe's masks at a sparsity, from one seed, with the weights as they are or tuned."""
+
+    recipe: str
+    head_sparsity: float
+    seed: int
+    stage: str
+
+    @property
+    def variant(self) -> str:
+        return f"{self.recipe}, {100 * self.head_sparsity:g}% sparse, seed {self.seed}, {self.stage}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study compares.
+
+    Args:
+        recipes: names of `RECIPES`, and `UNIFORM_WINDOW`.
+        sparsities: shares of sparse KV heads.
+        num_seeds: of recipes that depend on one.
+        stages: `masks`, and `masks_and_weights`: the same masks after the weights were tuned under them.
+        tune_rate: learning rate of the weights.
+    """
+
+    recipes: tuple[str, ...] = (*RECIPES, UNIFORM_WINDOW)
+    sparsities: tuple[float, ...] = SPARSITIES
+    num_seeds: int = 3
+    stages: tuple[str, ...] = STAGES
+    tune_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("recipes", self.recipes, (*RECIPES, UNIFORM_WINDOW)),
+            ("stages", self.stages, STAGES),
+        ):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+        if not self.sparsities or not all(0 < sparsity < 1 for sparsity in self.sparsities):
+            raise ValueError(f"sparsities must lie in (0, 1), got {list(self.sparsities)}")
+        if self.num_seeds < 1:
+            raise ValueError(f"a study needs 1 seed or more, got {self.num_seeds}")
+
+    def units(self) -> Iterator[Unit]:
+        """Stage by stage, sparsity by sparsity, so that a study that is cut short compares what it has."""
+        for stage in self.stages:
+            for head_sparsity in self.sparsities:
+                for recipe in self.recipes:
+                    known = RECIPES.get(recipe)
+                    draws = 1 if known is None else known.draws or self.num_seeds
+                    for seed in range(draws):
+                        yield Unit(recipe=recipe, head_sparsity=head_sparsity, seed=seed, stage=stage)
+
+
+class Study:
+    """Measures the units of a plan.
+
+    Args:
+        bench: the model, and what recipes may use.
+        lab: what is measured, on held text.
+        plan: what is compared.
+        folder: of the cells.
+        overwrite: forget cells of other settings.
+
+    Raises:
+        ValueError: if the folder holds cells of other settings.
+    """
+
+    def __init__(self, bench: Bench, lab: Lab, plan: Plan, folder: Any, *, overwrite: bool = False) -> None:
+        self.bench, self.lab, self.plan = bench, lab, plan
+        self.model = bench.model()
+        tasks = [task_label(task) for task in bench.tasks]
+        names = ("seq_len", "batch_size", "max_steps")
+        training = {f"train_{name}": getattr(bench, name) for name in names}
+        settings = {**lab.settings(self.model), **training, "branch": bench.branch.to_dict(), "train_tasks": tasks}
+        self.store = CellStore(folder, {**settings, "tune_rate": plan.tune_rate}, overwrite=overwrite)
+
+    def run(
+        self,
+        *,
+        deadline: float | None = None,
+        progress: Callable[[Unit | None, str], None] = lambda unit, what: None,
+    ) -> Iterator[tuple[Unit | None, VariantResult]]:
+        """Dense first, as None, then unit after unit; ends before a unit that would begin after the deadline.
+
+        Args:
+            deadline: of `time.monotonic`.
+            progress: called with the unit and what is done in it.
+        """
+        yield None, self.lab.measure(self.model, DENSE, self.store, self._step(None, progress))
+        for unit in self.plan.units():
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            yield unit, self._measure(unit, progress)
+
+    def _step(self, unit: Unit | None, progress: Callable[[Unit | None, str], None]) -> Progress:
+        return lambda what, done: progress(unit, what)
+
+    def _measure(self, unit: Unit, progress: Callable[[Unit | None, str], None]) -> VariantResult:
+        step = self._step(unit, progress)
+        if self.lab.complete(unit.variant, self.store):
+            return self.lab.measure(self.model, unit.variant, self.store, step)
+        progress(unit, "heads")
+        if unit.recipe == UNIFORM_WINDOW:
+            model = self._uniform_window(unit)
+        else:
+            model = self.model if unit.stage == "masks" else self.bench_model()
+            set_head_masks(model, self.masks(unit))
+        if unit.stage == "masks_and_weights":
+            progress(unit, "weights")
+            self._tune(model, unit)
+        try:
+            return self.lab.measure(model, unit.variant, self.store, step)
+        finally:
+            set_head_masks(self.model, torch.ones_like(get_handle(self.model).head_masks))
+
+    def bench_model(self) -> PreTrainedModel:
+        """A model of its own whose weights may train: in fp32."""
+        return sparsify(self.bench.load().float(), SparseConfig(sparse=self.bench.branch, head_masks="all_full"))
+
+    def _uniform_window(self, unit: Unit) -> PreTrainedModel:
+        branch = self.bench.branch
+        if not isinstance(branch, Streaming):
+            raise ValueError(f"{UNIFORM_WINDOW} is of streaming heads, the branch is {branch.name!r}; leave it out")
+        # At the length at which bytes are taken.
+        length = self.lab.seq_len + self.lab.num_decoded
+        wide = uniform_window(branch, unit.head_sparsity, length)
+        model = self.bench.load()
+        if unit.stage == "masks_and_weights":
+            model = model.float()
+        return sparsify(model, SparseConfig(sparse=wide))
+
+    def masks(self, unit: Unit) -> Tensor:
+        """The recipe's head masks, from the store or found now. A recipe that ranks once is asked once a seed."""
+        recipe, bench = RECIPES[unit.recipe], self.bench.with_seed(unit.seed)
+        name = f"{unit.recipe}, seed {unit.seed}"
+        if recipe.per_sparsity:
+            name += f", {100 * unit.head_sparsity:g}% sparse"
+
+        def rank() -> dict[str, Any]:
+            start = time.monotonic()
+            scores = recipe.rank(bench, self.model, unit.head_sparsity)
+            return {"scores": scores.tolist(), "seconds": time.monotonic() - start}
+
+        scores = torch.tensor(self.store.get("scores", name, rank)["scores"])
+        return round_scores(scores, unit.head_sparsity)
+
+    def _tune(self, model: PreTrainedModel, unit: Unit) -> None:
+        """Trains the weights under the masks, kept close to the dense model, on text and recall samples."""
+        bench, dtype = self.bench.with_seed(unit.seed + 1000), self.model.dtype
+        bench.train(
+            model,
+            "sft",
+            bench.mixed_rows(TUNE_RECALL_SHARE),
+            ObjectiveConfig(kl=1.0),
+            teacher=self.bench.load(),
+            learning_rate=self.plan.tune_rate,
+        )
+        model.to(dtype)  # type: ignore[arg-type]
+
+
+def pooled(results: Sequence[VariantResult]) -> dict[str, tuple[bool, ...]]:
+    """Each task's outcomes over the seeds of a recipe, one after the other."""
+    found: dict[str, tuple[bool, ...]] = {}
+    for result in results:
+        for task in result.tasks:
+            found[task.task] = found.get(task.task, ()) + task.exact
+    return found
