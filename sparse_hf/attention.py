@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_hf.attend import attend
 from sparse_hf.attention_at_once import attend_at_once, check_length
-from sparse_hf.cache import PendingKV
+from sparse_hf.cache_layer import PendingKV
 from sparse_hf.cached_attention import attend_cached, decode_at_once
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.head_exchange import layer_share, whole_row

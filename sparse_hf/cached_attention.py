@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_hf.attend import attend, branch_records
 from sparse_hf.attention_at_once import attend_at_once, check_length
-from sparse_hf.cache import PendingKV
+from sparse_hf.cache_layer import PendingKV
 from sparse_hf.dynamic import LayerHeads, dynamic_attention
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState

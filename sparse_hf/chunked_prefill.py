@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_hf.cache import SparseCache, spare_tokens
+from sparse_hf.cache import SparseCache
+from sparse_hf.cache_layer import spare_tokens
 
 PREFILL_METHOD = "_prefill"
 

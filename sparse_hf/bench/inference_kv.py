@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_hf.adapters import ModelShape, adapter_for
-from sparse_hf.cache import PendingKV, SparseCache
+from sparse_hf.cache import SparseCache
+from sparse_hf.cache_layer import PendingKV
 from sparse_hf.forward_plan import ForwardPlan
 
 CHUNK = 32768

@@ -20,7 +20,7 @@ from sparse_hf import (
     sparsity_summary,
     unsparsify,
 )
-from sparse_hf.cache import MIN_GROWTH
+from sparse_hf.cache_layer import MIN_GROWTH
 
 HEAD_DIM, ITEM = 16, 4
 TOKEN = 2 * HEAD_DIM * ITEM  # bytes of one token's key and value in one head

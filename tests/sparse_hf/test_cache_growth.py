@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sparse_hf import SparseCache, SparseConfig, Streaming, sparsify
-from sparse_hf.cache import GROWTH, MIN_GROWTH
+from sparse_hf.cache_layer import GROWTH, MIN_GROWTH
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf_kernels import AttentionLayout, HeadPattern
 from sparse_hf_kernels.kv_cache import KVDtype
@@ -244,3 +244,18 @@ def test_gradients_of_the_first_chunk(model: Any) -> None:
         close(logits[0].detach(), alone(model, ids[0, :end])[start:])
         with pytest.raises(ValueError, match=r"without their gradients; pass use_cache=False or a DynamicCache"):
             logits.sum().backward()
+
+
+def test_room_for_what_is_expected_waits_until_heads_have_parted(make_case: Callable) -> None:
+    """Before, every head would get it: a sparse cache would for a moment take what a dense one does."""
+    case = make_case("llama", "min_seq_len")  # dense up to 16 tokens
+    ids, cache = torch.randint(1, 99, (1, 40)), SparseCache.for_model(case.model)
+    cache.expect(1000)
+    token = 2 * 16 * 4 * sum(len(layer.layout.patterns) for layer in cache.layers)
+    with torch.no_grad():
+        case.model(ids[:, :10], past_key_values=cache)
+        assert 10 * token <= cache.allocated_bytes() < 20 * token
+        case.model(ids[:, 10:20], past_key_values=cache)
+    assert all(layer.storage.capacity == 1000 for layer in cache.layers)
+    held = sum(layer.storage.layout.row_slots(1000) for layer in cache.layers) * 2 * 16 * 4
+    assert held <= cache.allocated_bytes() < held + 1000

@@ -132,7 +132,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         store_tokens(*args, **kwargs)
         del noted[before:]
 
-    monkeypatch.setattr("sparse_hf.cache.store_tokens", storing)
+    monkeypatch.setattr("sparse_hf.cache_layer.store_tokens", storing)
     for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero"):
         original = getattr(Tensor, name)
 

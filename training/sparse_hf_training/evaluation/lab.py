@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparse_hf.cache import retention_groups
 from sparse_hf.patching import dense, get_handle
+from sparse_hf.retention import retention_groups
 from sparse_hf_training.data import Row
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.footprint import Footprint, measure_footprint
