@@ -25,6 +25,7 @@ DOCUMENTS = (
     "README.md",
     "docs/methods.md",
     "docs/training.md",
+    "docs/inference.md",
     "docs/benchmarks/README.md",
     "docs/benchmarks/kernels.md",
     "docs/benchmarks/patterns.md",

@@ -151,6 +151,13 @@ class SparseCacheLayer(CacheLayerMixin):
         pending = PendingKV(self, key_states, value_states)
         return pending, pending
 
+    def fits(self, layout: AttentionLayout) -> bool:
+        """Whether the layer was made for this layout. A copied cache takes over the model's own object, so that later
+        calls need not compare."""
+        if layout is not self.layout and layout == self.layout:
+            self.layout = layout
+        return layout is self.layout
+
     def decodes(self, query: Tensor) -> bool:
         """Whether `decode` serves this query, one new token of each row."""
         storage = self.storage

@@ -28,7 +28,7 @@ def decode_at_once(
     A step that a stock model makes in a few launches: what is asked here is asked in every layer for every token.
     """
     layer = pending.layer
-    if state.recorders or state.gate is not None or layer.layout is not state.layout or state.exchange is not None:
+    if state.recorders or state.gate is not None or state.exchange is not None or not layer.fits(state.layout):
         return None
     if not isinstance(plan, ForwardPlan) or not layer.decodes(query):
         return None
@@ -58,7 +58,7 @@ def attend_cached(
     layer, keys, values = pending.layer, pending.keys, pending.values
     if state.current_gate() is not None:
         raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
-    if layer.layout != state.layout:
+    if not layer.fits(state.layout):
         raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
     if layer.num_tokens == 0 and not records:
         # Nothing was evicted: the new keys are all that there are, and one call serves all heads.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from sparse_hf import SparseCache, SparseConfig, Streaming, sparsify
 from sparse_hf.cache_layer import GROWTH, MIN_GROWTH
 from sparse_hf.forward_plan import ForwardPlan
+from sparse_hf.patching import get_handle
 from sparse_hf_kernels import AttentionLayout, HeadPattern
 from sparse_hf_kernels.kv_cache import KVDtype
 
@@ -244,6 +245,17 @@ def test_gradients_of_the_first_chunk(model: Any) -> None:
         close(logits[0].detach(), alone(model, ids[0, :end])[start:])
         with pytest.raises(ValueError, match=r"without their gradients; pass use_cache=False or a DynamicCache"):
             logits.sum().backward()
+
+
+def test_a_copy_takes_the_short_way_too(model: Any) -> None:
+    """It was made for an equal layout, which is looked at once."""
+    cache = SparseCache.for_model(model)
+    feed(model, cache, ids_of(1, 20), [0, 20])
+    states, layers = get_handle(model).states, copy.deepcopy(cache)._sparse_layers
+    assert all(layer.layout is not state.layout for layer, state in zip(layers, states, strict=True))
+    assert all(layer.fits(state.layout) for layer, state in zip(layers, states, strict=True))
+    assert all(layer.layout is state.layout for layer, state in zip(layers, states, strict=True))
+    assert not layers[0].fits(AttentionLayout.dense(2))
 
 
 def test_room_for_what_is_expected_waits_until_heads_have_parted(make_case: Callable) -> None:

@@ -136,12 +136,13 @@ class BoundLaunch:
         kernel: as it was compiled for a first call with these strides.
         arguments: all of that call's, constants included.
         grid: of the launch.
-        work: keeps the scratch that arguments point to.
+        work: the scratch among them.
     """
 
     def __init__(self, kernel: Any, arguments: tuple[Any, ...], grid: tuple[int, int, int], work: Workspace) -> None:
         self.run = kernel[grid]
         self.work = work
+        self.kept = arguments  # what the addresses lead to has to stay
         self.head = tuple(_pointer(x) for x in arguments[3:7])
         self.middle = arguments[8].data_ptr()
         self.tail = tuple(_pointer(x) for x in arguments[10:])
