@@ -10,6 +10,7 @@ a `PendingKV`: the new keys, not yet stored, since only the attention function l
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -34,6 +35,8 @@ from sparse_hf_kernels.kv_cache import (
     store_tokens,
 )
 
+logger = logging.getLogger(__name__)
+
 GROWTH = 128
 """A full head that has no room for new tokens is copied to where it has room for 1/GROWTH more than it needs: little
 memory is spare, and a copy of all is shared by as many tokens as there was room for."""
@@ -52,6 +55,12 @@ def _decode_fused() -> Callable[..., tuple[Tensor, Any]]:
     from sparse_hf_kernels.kv_cache.launch import decode_fused
 
     return decode_fused
+
+
+@lru_cache
+def _say_refusal(reason: str) -> None:
+    """Once per reason."""
+    logger.warning(f"decoding takes one launch per kind of head instead of one per layer: the fused kernels {reason}")
 
 
 class PendingKV:
@@ -129,15 +138,19 @@ class SparseCacheLayer(CacheLayerMixin):
         return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, _, _, head_dim = key_states.shape
+        batch, _, num_new, head_dim = key_states.shape
+        # While a sequence is shorter than its rings they would take more than they hold; but where the length is fixed,
+        # only dense rows make heads part later.
+        short = self.max_length is None and num_new < self.plan.parts_at
+        first = self.plan.first if short or self.layout.num_dense_rows else None
         self.storage = KVStorage(
-            self.plan.first or self.plan.storage,
+            first or self.plan.storage,
             batch=batch,
             head_dim=head_dim,
             value_dim=value_states.shape[-1],
             dtype=value_states.dtype,
             device=key_states.device,
-            capacity=self.max_length or max(self._expected(), key_states.shape[2]),
+            capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
         )
         self.is_initialized = True
@@ -166,7 +179,10 @@ class SparseCacheLayer(CacheLayerMixin):
             return False
         forced = os.environ.get(BACKEND_VARIABLE)
         if self._served[:2] != (storage, forced):
-            self._served = storage, forced, kernels_refuse(storage, query.device) is None
+            refusal = kernels_refuse(storage, query.device)
+            if refusal is not None and query.device.type == "cuda":
+                _say_refusal(refusal)
+            self._served = storage, forced, refusal is None
         return self._served[2]
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, plan: ForwardPlan, scale: float) -> Tensor:
@@ -274,26 +290,23 @@ class SparseCacheLayer(CacheLayerMixin):
                 "give SparseCache.for_model a larger max_length, or none so that it grows"
             )
         spare = spare_tokens(num_tokens) if storage.capacity else 0
-        storage.grow(max(num_tokens + spare, self._expected()))
+        storage.grow(max(num_tokens + spare, self._expected(storage.layout is self.plan.first)))
 
-    def _expected(self) -> int:
+    def _expected(self, whole: bool) -> int:
         """Tokens to make room for at once. While all heads keep every key for now, no more than that lasts."""
-        parted = self.storage is not None and self.storage.layout is self.plan.storage
-        if self.plan.first is None or parted:
-            return self.expected_tokens
-        return min(self.expected_tokens, self.layout.num_dense_rows)
+        return min(self.expected_tokens, self.plan.parts_at) if whole else self.expected_tokens
 
     def _part(self, plan: ForwardPlan, num_tokens: int) -> None:
-        """Gives heads their own storage once no later query is a dense row, which would read every key."""
+        """Gives heads their own storage once some may free keys."""
         storage, num_dense = self.storage, self.layout.num_dense_rows
         assert storage is not None
         # No row has more tokens than slots, so the device is asked only from there on; layers share the answer.
-        if num_tokens < num_dense:
+        if num_tokens < self.plan.parts_at:
             return
-        if "fewest_tokens" not in plan.known:
+        if num_dense and "fewest_tokens" not in plan.known:
             plan.known["fewest_tokens"] = num_tokens if self._is_plain else int(storage.lengths.min())
-        if plan.known["fewest_tokens"] < num_dense:
-            return
+        if num_dense and plan.known["fewest_tokens"] < num_dense:
+            return  # a dense row, which reads every key, may still come
         (group,) = storage.layout.groups
         (keys,), (values,) = storage.read(group, (0, num_tokens))
         parted = KVStorage(

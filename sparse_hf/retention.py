@@ -60,13 +60,15 @@ class CachePlan:
 
     Args:
         storage: how its heads keep their keys.
-        first: the same until every sequence is past its dense rows, which read all keys; None without such rows.
+        first: the same with every key kept, before `parts_at`; None where `storage` keeps every key.
+        parts_at: tokens from which on some head may free keys: it is full, and no later query is a dense row.
         decodes: the fused decode step reads what the layout says; it knows no block rules, and of a ring all.
         parts: per group of `storage`, the layout of its heads.
     """
 
     storage: StorageLayout
     first: StorageLayout | None
+    parts_at: int
     decodes: bool
     parts: tuple[AttentionLayout, ...]
 
@@ -77,14 +79,14 @@ def cache_plan(layout: AttentionLayout, per_head: bool = True) -> CachePlan:
     kept = [_retention(pattern, layout, per_head) for pattern in layout.patterns]
     heads = tuple(map(_stored, layout.patterns, kept))
     storage = StorageLayout(heads=heads, num_dense_rows=layout.num_dense_rows, max_distance=layout.max_distance)
-    first = None
-    if layout.num_dense_rows and storage.ring_slots:
-        linear = tuple(_stored(pattern, Retention()) for pattern in layout.patterns)
-        first = replace(storage, heads=linear)
+    first, capacities = None, [retention.capacity for retention in kept if retention.recent is not None]
+    if capacities:
+        first = replace(storage, heads=tuple(_stored(pattern, Retention()) for pattern in layout.patterns))
     whole = all(_is_read_whole(*pair, layout.max_distance) for pair in zip(layout.patterns, kept, strict=True))
     return CachePlan(
         storage=storage,
         first=first,
+        parts_at=max(layout.num_dense_rows, min(capacities, default=0)),
         decodes=layout.causal and whole,
         parts=tuple(layout.select(group.heads) for group in storage.groups),
     )

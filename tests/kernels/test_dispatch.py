@@ -356,8 +356,12 @@ def test_called_by_a_sparsified_model(register: Callable) -> None:
     assert torch.equal(model(ids).logits, expected)
     assert stand_in.calls == ["sparse_attention"] * 2, "one call per layer serves all its heads"
     stand_in.calls.clear()
-    cached = model(ids, past_key_values=SparseCache.for_model(model)).logits
-    torch.testing.assert_close(cached, expected)
+    cache = SparseCache.for_model(model)
+    first = model(ids[:, :12], past_key_values=cache).logits
+    assert stand_in.calls == ["sparse_attention"] * 2, "nothing is evicted before the first tokens"
+    stand_in.calls.clear()
+    second = model(ids[:, 12:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), expected)
     assert stand_in.calls == ["sparse_attention"] * 3, "one call per group of heads that keep the same keys"
     stand_in.calls.clear()
     for state in model._sparse_hf_handle.states:

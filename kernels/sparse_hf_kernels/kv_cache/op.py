@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparse_hf_kernels.dispatch import BACKEND_VARIABLE, gpu_capability
+from sparse_hf_kernels.dispatch import BACKEND_VARIABLE, any_registered, gpu_capability
 from sparse_hf_kernels.kv_cache.naive import decode_naive, store_naive
 from sparse_hf_kernels.kv_cache.storage import KVStorage
 
 if TYPE_CHECKING:
     from sparse_hf_kernels.kv_cache.launch import Workspace
+
+SERVED_BACKENDS = ("gluon", "triton", "sdpa")
+"""Names under which the fused kernels decode and store."""
 
 MAX_HEAD_DIM = 256
 MAX_ROWS = 4096
@@ -23,8 +26,10 @@ MAX_ROWS = 4096
 def kernels_refuse(storage: KVStorage, device: torch.device) -> str | None:
     """Why the fused kernels cannot serve a storage; None if they can."""
     forced = os.environ.get(BACKEND_VARIABLE)
-    if forced == "reference":
-        return f"{BACKEND_VARIABLE}={forced!r}"
+    if forced not in (None, "", *SERVED_BACKENDS):
+        return f"stand back for {BACKEND_VARIABLE}={forced!r}"
+    if any_registered():
+        return "stand back for a registered backend"
     if device.type != "cuda" or torch.version.hip is not None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return f"need an NVIDIA GPU, got device {device.type!r}"
