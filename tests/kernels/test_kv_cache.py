@@ -295,7 +295,7 @@ def test_why_kernels_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = KVStorage(LAYOUTS["linear alone"], batch=2049, head_dim=16, value_dim=16, **shape)
     assert kernels_refuse(rows, CPU) == "serve up to 4096 KV heads times rows, got 4098"
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
-    assert kernels_refuse(make_storage(MIXED), CPU) == "SPARSE_HF_BACKEND='reference'"
+    assert kernels_refuse(make_storage(MIXED), CPU) == "stand back for SPARSE_HF_BACKEND='reference'"
 
 
 def test_values_of_another_dimension(kv_history: Any, new_tokens: Callable) -> None:
