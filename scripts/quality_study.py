@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from sparse_hf_training.evaluation.lab import Lab, check_length
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.figures import study_figures
+from sparse_hf_training.study.side_by_side import run_side_by_side
 from sparse_hf_training.study.study import Plan, Study, Unit
 from sparse_hf_training.tasks import Filler
 
@@ -68,6 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
+    parser.add_argument("--jobs", type=int, default=1, help="units measured side by side, spread over the GPUs")
     parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
     parser.add_argument("--name", default="quality_study", help="of the file of figures")
     parser.add_argument("--cells", type=Path, default=Path("runs/quality_study"), help="folder of measured cells")
@@ -128,9 +131,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
     return bench, lab
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(arguments)
+def make_study(options: argparse.Namespace, *, overwrite: bool = False) -> Study:
     plan = Plan(
         recipes=options.recipes,
         sparsities=options.sparsities,
@@ -138,20 +139,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stages=options.stages,
         tune_rate=options.tune_rate,
     )
+    return Study(*prepare(options), plan, options.cells, overwrite=overwrite)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
     deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
-    study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
+    study = make_study(options, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
     dense: VariantResult | None = None
     console = Console(stderr=True)
-    total = len(list(plan.units()))
+    total = len(list(study.plan.units()))
     with progress_bar(console) as progress:
         bar = progress.add_task("units", total=total, figures="dense")
 
         def show(unit: Unit | None, what: str) -> None:
             progress.update(bar, figures=f"{'dense' if unit is None else unit.variant}: {what}")
 
-        for unit, result in study.run(deadline=deadline, progress=show):
+        if options.jobs == 1:
+            results = study.run(deadline=deadline, progress=show)
+        else:
+            results = run_side_by_side(
+                study, partial(make_study, options), options.jobs, deadline=deadline, progress=show
+            )
+        for unit, result in results:
             if unit is None:
                 dense = result
                 continue
@@ -159,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[unit] = result
             progress.advance(bar)
             # A study that is cut short leaves what it measured.
-            write_figures(options.out / f"{options.name}.json", study_figures(dense, found), command=command(arguments))
+            figures = study_figures(dense, {unit: found[unit] for unit in study.plan.units() if unit in found})
+            write_figures(options.out / f"{options.name}.json", figures, command=command(arguments))
             shares = ", ".join(f"{task.task} {task.share:.2f}" for task in result.tasks)
             console.print(f"{unit.variant}: {shares}, loss {result.text.mean:.4f}", highlight=False)
     if len(found) < total:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,7 @@ from sparse_hf.summary import sparsity_summary
 from sparse_hf_training.data import Document, DocumentStore
 from sparse_hf_training.evaluation import evaluate_recall
 from sparse_hf_training.masks import MaskLearningConfig, attach_mask_learning
+from sparse_hf_training.study import side_by_side
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.planted import (
     average_precision,
@@ -212,13 +216,13 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     cells = sorted(path.name.split("--")[0] for path in (tmp_path / "cells" / "cells").iterdir())
     assert cells == ["dense"] * 3 and not file.exists(), "dense is measured, and nothing begun after the time"
     asked: list[Unit] = []
-    original = study_module.Study._measure
+    original = study_module.Study.measure
 
     def watched(self: Any, unit: Unit, progress: Any) -> Any:
         asked.append(unit)
         return original(self, unit, progress)
 
-    monkeypatch.setattr(study_module.Study, "_measure", watched)
+    monkeypatch.setattr(study_module.Study, "measure", watched)
     script.main(line.split())
     assert len(asked) == 6
     rows = json.loads(file.read_text())
@@ -241,6 +245,61 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
         "<!-- grid: quality_study / masks only, 50% sparse -->\n<!-- end -->", tmp_path / "out"
     )
     assert "| ours | " in text and "| uniform_window | " in text and "worst task, change" in text
+
+
+def test_processes_side_by_side_find_what_one_finds(tmp_path: Path) -> None:
+    line = "--recipes random,ablation,uniform_window --sparsities 50,75 --seeds 1 --stages masks --sinks 4 --window 24 "
+    line += "--seq-len 384 --train-seq-len 256 --train-tasks key_value:num_pairs=2 --samples 2 --rows 1 "
+    line += "--tasks key_value:num_pairs=4"
+
+    def values(name: str, *more: str) -> dict[str, float]:
+        places = ["--cells", str(tmp_path / name / "cells"), "--out", str(tmp_path / name)]
+        subprocess.run(
+            [sys.executable, "scripts/quality_study.py", *line.split(), *places, *more], cwd=ROOT, check=True
+        )
+        rows = json.loads((tmp_path / name / "quality_study.json").read_text())
+        return {row["case"]: row["value"] for row in rows}
+
+    one, two = values("one"), values("two", "--jobs", "2")
+    assert list(one) == list(two) and one == two
+    scores = sorted(path.name for path in (tmp_path / "two" / "cells" / "cells").glob("scores--*"))
+    assert len(scores) == 5 + 1, "ablation ranks once for both sparsities"
+
+
+def test_no_two_processes_rank_the_same_heads() -> None:
+    units = list(
+        Plan(recipes=("ours", "ablation", "uniform_window"), sparsities=(0.5, 0.75), stages=("masks",)).units()
+    )
+    known: set[str] = set()
+
+    class Pool:
+        def submit(self, call: Any, unit: Unit) -> Any:
+            return Future()
+
+    class Known:
+        def has_scores(self, unit: Unit) -> bool:
+            return unit.recipe == "uniform_window" or unit.scores in known
+
+    waiting, running = list(units), dict[Any, Unit]()
+    call = (Known(), Pool(), len(units), waiting, running, None, lambda unit, what: None)
+    side_by_side._submit(*call)  # type: ignore[arg-type]
+    assert {unit.variant for unit in waiting} == {f"ablation, 75% sparse, seed {n}, masks" for n in range(3)}
+    known.add("ablation, seed 1")
+    side_by_side._submit(*call)  # type: ignore[arg-type]
+    assert [unit.seed for unit in waiting] == [0, 2]
+    late = (*call[:5], 0.0, call[6])
+    known.update({"ablation, seed 0"})
+    side_by_side._submit(*late)  # type: ignore[arg-type]
+    assert len(waiting) == 2, "nothing begins after the deadline"
+
+
+def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.cuda.is_available() or side_by_side.devices(2) == [None, None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert side_by_side.devices(3) == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert side_by_side.devices(3) == ["3", "GPU-5", "3"]
 
 
 def test_the_planted_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

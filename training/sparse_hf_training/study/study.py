@@ -27,6 +27,8 @@ from sparse_hf_training.tasks import task_label
 STAGES = ("masks", "masks_and_weights")
 SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
 TUNE_RECALL_SHARE = 0.9
+SCORES = "scores"
+"""The variant under which the store keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,13 @@ class Unit:
     @property
     def variant(self) -> str:
         return f"{self.recipe}, {100 * self.head_sparsity:g}% sparse, seed {self.seed}, {self.stage}"
+
+    @property
+    def scores(self) -> str:
+        """Names the scores that its masks come from. A recipe that ranks once does so once a seed."""
+        recipe = RECIPES.get(self.recipe)
+        name = f"{self.recipe}, seed {self.seed}"
+        return f"{name}, {100 * self.head_sparsity:g}% sparse" if recipe is None or recipe.per_sparsity else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +128,27 @@ class Study:
             deadline: of `time.monotonic`.
             progress: called with the unit and what is done in it.
         """
-        yield None, self.lab.measure(self.model, DENSE, self.store, self._step(None, progress))
+        yield None, self.measure_dense(progress)
         for unit in self.plan.units():
             if deadline is not None and time.monotonic() > deadline:
                 return
-            yield unit, self._measure(unit, progress)
+            yield unit, self.measure(unit, progress)
+
+    def measure_dense(self, progress: Callable[[Unit | None, str], None] = lambda unit, what: None) -> VariantResult:
+        """What all units are compared with."""
+        return self.lab.measure(self.model, DENSE, self.store, self._step(None, progress))
+
+    def has_scores(self, unit: Unit) -> bool:
+        """Whether the unit's heads are ranked already, or need not be."""
+        return unit.recipe == UNIFORM_WINDOW or self.store.has(SCORES, unit.scores)
 
     def _step(self, unit: Unit | None, progress: Callable[[Unit | None, str], None]) -> Progress:
         return lambda what, done: progress(unit, what)
 
-    def _measure(self, unit: Unit, progress: Callable[[Unit | None, str], None]) -> VariantResult:
+    def measure(
+        self, unit: Unit, progress: Callable[[Unit | None, str], None] = lambda unit, what: None
+    ) -> VariantResult:
+        """All cells of a unit, from the store or measured now."""
         step = self._step(unit, progress)
         if self.lab.complete(unit.variant, self.store):
             return self.lab.measure(self.model, unit.variant, self.store, step)
@@ -163,18 +183,15 @@ class Study:
         return sparsify(model, SparseConfig(sparse=wide))
 
     def masks(self, unit: Unit) -> Tensor:
-        """The recipe's head masks, from the store or found now. A recipe that ranks once is asked once a seed."""
+        """The recipe's head masks, from the store or found now."""
         recipe, bench = RECIPES[unit.recipe], self.bench.with_seed(unit.seed)
-        name = f"{unit.recipe}, seed {unit.seed}"
-        if recipe.per_sparsity:
-            name += f", {100 * unit.head_sparsity:g}% sparse"
 
         def rank() -> dict[str, Any]:
             start = time.monotonic()
             scores = recipe.rank(bench, self.model, unit.head_sparsity)
             return {"scores": scores.tolist(), "seconds": time.monotonic() - start}
 
-        scores = torch.tensor(self.store.get("scores", name, rank)["scores"])
+        scores = torch.tensor(self.store.get(SCORES, unit.scores, rank)["scores"])
         return round_scores(scores, unit.head_sparsity)
 
     def _tune(self, model: PreTrainedModel, unit: Unit) -> None:

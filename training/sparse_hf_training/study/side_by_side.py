@@ -1,0 +1,106 @@
+"""A study over several processes, spread over the GPUs there are; they share the folder of cells.
+
+Small models leave most of a GPU idle: their time goes to the host, of which every process has its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from sparse_hf_training.evaluation.variant import VariantResult
+from sparse_hf_training.study.study import Study, Unit
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_studies: list[Study] = []
+"""The study of this process."""
+
+
+def devices(jobs: int) -> list[str | None]:
+    """The GPU of each process in turn, as `CUDA_VISIBLE_DEVICES` names it; None where there is none."""
+    count = torch.cuda.device_count()
+    if not count:
+        return [None] * jobs
+    named = [name for name in os.environ.get(VISIBLE, "").split(",") if name] or [str(n) for n in range(count)]
+    return [named[n % len(named)] for n in range(jobs)]
+
+
+def run_side_by_side(
+    study: Study,
+    make: Callable[[], Study],
+    jobs: int,
+    *,
+    deadline: float | None = None,
+    progress: Callable[[Unit | None, str], None] = lambda unit, what: None,
+) -> Iterator[tuple[Unit | None, VariantResult]]:
+    """What `Study.run` yields, units in the order in which they are done.
+
+    Args:
+        study: this process's, which measures dense.
+        make: the same study in a process of its own; it is pickled.
+        jobs: processes besides this one.
+        deadline: of `time.monotonic`; no unit begins after it.
+        progress: called with each unit when it begins.
+
+    Raises:
+        ValueError: if `jobs` is not positive.
+        BrokenProcessPool: if a process ended by itself; what was measured is in its cells.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    places: Any = context.SimpleQueue()
+    for place in devices(jobs):
+        places.put(place)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(make, places, threads))
+    try:
+        waiting, running = list(study.plan.units()), dict[Future[VariantResult], Unit]()
+        _submit(study, pool, jobs, waiting, running, deadline, progress)
+        yield None, study.measure_dense(progress)
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+            _submit(study, pool, jobs, waiting, running, deadline, progress)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _submit(
+    study: Study,
+    pool: ProcessPoolExecutor,
+    jobs: int,
+    waiting: list[Unit],
+    running: dict[Future[VariantResult], Unit],
+    deadline: float | None,
+    progress: Callable[[Unit | None, str], None],
+) -> None:
+    """Gives every idle process a unit, but none whose heads another process is still ranking."""
+    while len(running) < jobs and (deadline is None or time.monotonic() < deadline):
+        ranking = {unit.scores for unit in running.values() if not study.has_scores(unit)}
+        unit = next((unit for unit in waiting if unit.scores not in ranking), None)
+        if unit is None:
+            return
+        waiting.remove(unit)
+        progress(unit, "begins")
+        running[pool.submit(_measure, unit)] = unit
+
+
+def _begin(make: Callable[[], Study], places: Any, threads: int) -> None:
+    """In a new process, before anything there asks for a GPU."""
+    place = places.get()
+    if place is not None:
+        os.environ[VISIBLE] = place
+    torch.set_num_threads(threads)
+    _studies.append(make())
+
+
+def _measure(unit: Unit) -> VariantResult:
+    return _studies[0].measure(unit)
