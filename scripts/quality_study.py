@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_hf.calibrate.text import CalibrationText
 from sparse_hf.figures import write_figures
 from sparse_hf.methods import Method, Streaming, Triangle, XAttention
 from sparse_hf.progress import progress_bar
-from sparse_hf_training.data import PackedTextDataset, pack_documents, text_document
+from sparse_hf_training.data import PackedTextDataset, pack_documents, text_documents
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, WINDOW_SIZE
 from sparse_hf_training.evaluation.command import parse_tasks
 from sparse_hf_training.evaluation.lab import Lab, check_length
@@ -93,26 +93,27 @@ def branch(options: argparse.Namespace) -> Method:
     return Triangle(**window) if options.branch == "triangle" else Streaming(**window)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
-    """The model with its training text, and what is measured on the held one."""
+def load_model(path: str) -> PreTrainedModel:
+    """On the device of the process that asks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)  # type: ignore[no-any-return]
+
+
+def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PackedTextDataset:
+    return PackedTextDataset(pack_documents(text_documents(texts, tokenizer), seq_len)[0])
+
+
+def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
+    """The model with its training text, and what is measured on the held one. Both can be pickled."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-
-    def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
-
     train, held = (list(CalibrationText(path=path).documents()) for path in (options.data, options.held))
-
-    def rows(texts: list[str], seq_len: int) -> PackedTextDataset:
-        return PackedTextDataset(pack_documents([text_document(text, tokenizer) for text in texts], seq_len)[0])
-
     bench = Bench(
-        load=load,
+        load=partial(load_model, options.model),
         tokenizer=tokenizer,
         branch=branch(options),
         filler=Filler.from_texts(train, tokenizer),
-        rows=rows(train, options.train_seq_len),
+        rows=packed_rows(train, tokenizer, options.train_seq_len),
         tasks=parse_tasks(options.train_tasks),
         seq_len=options.train_seq_len,
         batch_size=options.train_batch,
@@ -122,7 +123,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
         tokenizer=tokenizer,
         tasks=parse_tasks(options.tasks),
         filler=Filler.from_texts(held, tokenizer),
-        rows=rows(held, options.seq_len),
+        rows=packed_rows(held, tokenizer, options.seq_len),
         seq_len=options.seq_len,
         num_samples=options.samples,
         num_rows=options.rows,
@@ -131,7 +132,10 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
     return bench, lab
 
 
-def make_study(options: argparse.Namespace, *, overwrite: bool = False) -> Study:
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
     plan = Plan(
         recipes=options.recipes,
         sparsities=options.sparsities,
@@ -139,14 +143,7 @@ def make_study(options: argparse.Namespace, *, overwrite: bool = False) -> Study
         stages=options.stages,
         tune_rate=options.tune_rate,
     )
-    return Study(*prepare(options), plan, options.cells, overwrite=overwrite)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse(arguments)
-    deadline = None if options.budget_minutes is None else time.monotonic() + 60 * options.budget_minutes
-    study = make_study(options, overwrite=options.overwrite)
+    study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
     dense: VariantResult | None = None
@@ -161,9 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.jobs == 1:
             results = study.run(deadline=deadline, progress=show)
         else:
-            results = run_side_by_side(
-                study, partial(make_study, options), options.jobs, deadline=deadline, progress=show
-            )
+            results = run_side_by_side(study, options.jobs, deadline=deadline, progress=show)
         for unit, result in results:
             if unit is None:
                 dense = result

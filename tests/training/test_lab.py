@@ -239,6 +239,13 @@ def test_an_interrupted_evaluation_goes_on(lab: Lab, model: Any, tmp_path: Path,
     assert model.training is False
 
 
+def test_everything_fits_into_the_models_context(lab: Lab, model_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, max_position_embeddings=300)
+    sparsify(model.eval(), SparseConfig(sparse=Streaming(num_sink_tokens=4, window_size=16)))
+    found = lab.measure(model, "sparse", CellStore(tmp_path, lab.settings(model)))
+    assert found.footprint.tokens[-1] == 300 == lab.seq_len
+
+
 def strip_times(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "tasks": [{**task, "seconds": 0} for task in result["tasks"]]}
 

@@ -10,6 +10,7 @@ from sparse_hf_training.data.documents import (
     prompt_document,
     read_documents,
     text_document,
+    text_documents,
 )
 from sparse_hf_training.data.packing import LongDocuments, PackedRows, Packing, PackingReport, pack_documents
 from sparse_hf_training.data.report import DataReport, SourceReport
@@ -53,5 +54,6 @@ __all__ = [
     "prompt_document",
     "read_documents",
     "text_document",
+    "text_documents",
     "tokenize_source",
 ]

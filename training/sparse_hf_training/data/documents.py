@@ -66,11 +66,23 @@ def text_document(text: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     Raises:
         ValueError: `text` is not a string.
     """
-    _check_text(text)
-    if not text:
-        return Document(input_ids=[], labels=[])
-    ids = _closed(list(tokenizer(text, verbose=False)["input_ids"]), tokenizer)
-    return Document(input_ids=ids, labels=ids)
+    return text_documents([text], tokenizer)[0]
+
+
+def text_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """Each text as `text_document` makes it, tokenised side by side.
+
+    Raises:
+        ValueError: a text is not a string.
+    """
+    for text in texts:
+        _check_text(text)
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    documents = []
+    for text, tokens in zip(texts, encoded, strict=True):
+        ids = _closed(list(tokens), tokenizer) if text else []
+        documents.append(Document(input_ids=ids, labels=ids))
+    return documents
 
 
 def chat_document(

@@ -51,7 +51,7 @@ class Lab:
         seed: of the samples.
         batch_size: samples that are answered side by side. It changes no outcome.
         chunk: tokens per forward pass of a prefill; None for all at once.
-        num_decoded: tokens that are decoded to measure the footprint.
+        num_decoded: tokens that are decoded to measure the footprint, the last of `seq_len`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -178,7 +178,8 @@ class Lab:
         return text_loss(model, chosen, self.seq_len)
 
     def _footprint(self, model: PreTrainedModel) -> Footprint:
-        ids = torch.as_tensor(self.filler.tokens[: self.seq_len]).long()[None].to(model.device)
+        num_read = max(1, self.seq_len - self.num_decoded)  # a model's context may end at seq_len
+        ids = torch.as_tensor(self.filler.tokens[:num_read]).long()[None].to(model.device)
         chunk = self.chunk or max(1, min(512, self.seq_len // 8))
         return measure_footprint(model, ids, chunk=chunk, num_decoded=self.num_decoded, prefill_chunk=self.chunk)
 

@@ -13,7 +13,7 @@ from sparse_hf import Method, SparseConfig, sparsify, unsparsify
 from sparse_hf.capture import capture
 from sparse_hf.figures import Figure
 from sparse_hf.methods import Dense
-from sparse_hf_training.data import PackedTextDataset, Row, pack_documents, text_document
+from sparse_hf_training.data import PackedTextDataset, Row, pack_documents, text_documents
 from sparse_hf_training.evaluation.judge import Judge, Judgement
 from sparse_hf_training.evaluation.statistics import wilson_interval
 
@@ -80,7 +80,7 @@ def whole_rows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len
     """
     if max_rows <= 0:
         raise ValueError(f"the number of rows must be positive, got {max_rows}")
-    documents = (text_document(text, tokenizer) for text in texts)
+    documents = text_documents(list(texts), tokenizer)
     long = [pack_documents([document], seq_len)[0] for document in documents if len(document.input_ids) >= seq_len]
     if not long:
         raise ValueError(f"no document holds {seq_len} tokens; give longer texts or lower the sequence length")

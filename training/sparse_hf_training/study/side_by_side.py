@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ def devices(jobs: int) -> list[str | None]:
 
 def run_side_by_side(
     study: Study,
-    make: Callable[[], Study],
     jobs: int,
     *,
     deadline: float | None = None,
@@ -42,8 +42,7 @@ def run_side_by_side(
     """What `Study.run` yields, units in the order in which they are done.
 
     Args:
-        study: this process's, which measures dense.
-        make: the same study in a process of its own; it is pickled.
+        study: this process's, which measures dense; the others get what it is made of.
         jobs: processes besides this one.
         deadline: of `time.monotonic`; no unit begins after it.
         progress: called with each unit when it begins.
@@ -58,6 +57,7 @@ def run_side_by_side(
     places: Any = context.SimpleQueue()
     for place in devices(jobs):
         places.put(place)
+    make = partial(Study, study.bench, study.lab, study.plan, study.store.folder)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(make, places, threads))
     try:

@@ -174,9 +174,7 @@ class Study:
         branch = self.bench.branch
         if not isinstance(branch, Streaming):
             raise ValueError(f"{UNIFORM_WINDOW} is of streaming heads, the branch is {branch.name!r}; leave it out")
-        # At the length at which bytes are taken.
-        length = self.lab.seq_len + self.lab.num_decoded
-        wide = uniform_window(branch, unit.head_sparsity, length)
+        wide = uniform_window(branch, unit.head_sparsity, self.lab.seq_len)
         model = self.bench.load()
         if unit.stage == "masks_and_weights":
             model = model.float()

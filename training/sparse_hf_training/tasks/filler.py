@@ -44,10 +44,9 @@ class Filler:
             ValueError: the texts hold no token at all.
         """
         # verbose=False: whole books exceed model_max_length by design, only slices of them are ever fed to a model.
-        pieces = [
-            np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-            for text in texts
-        ]
+        texts = list(texts)
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        pieces = [np.asarray(ids, dtype=np.int32) for ids in encoded]
         return cls(np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32))
 
     def take(self, rng: random.Random, n: int) -> NDArray[np.int32]:
