@@ -138,28 +138,38 @@ class SparseCacheLayer(CacheLayerMixin):
         return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, _, num_new, head_dim = key_states.shape
+        self._begin(key_states, value_states, hold=False)
+
+    def _begin(self, keys: Tensor, values: Tensor, hold: bool) -> bool:
+        """Makes the storage for these first tokens; with `hold` it stores them on the way, if it can. Whether it did."""
+        batch, _, num_new, head_dim = keys.shape
         # While a sequence is shorter than its rings they would take more than they hold; but where the length is fixed,
         # only dense rows make heads part later.
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
+        layout = first or self.plan.storage
+        hold = hold and KVStorage.takes_run(layout, self.kv_dtype)
         self.storage = KVStorage(
-            first or self.plan.storage,
+            layout,
             batch=batch,
             head_dim=head_dim,
-            value_dim=value_states.shape[-1],
-            dtype=value_states.dtype,
-            device=key_states.device,
+            value_dim=values.shape[-1],
+            dtype=values.dtype,
+            device=keys.device,
             capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
+            first=(keys, values) if hold else None,
         )
         self.is_initialized = True
+        return hold
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if key_states.dtype != value_states.dtype:
             # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype.
             key_states = key_states.to(value_states.dtype)
-        if not self.is_initialized:
+        # The first tokens of a growing cache wait for `store`, which makes room and fills it in one go; a single one is
+        # for the decode step, which asks for a storage.
+        if self.storage is None and (self.max_length is not None or key_states.shape[2] == 1):
             self.lazy_initialization(key_states, value_states)
         pending = PendingKV(self, key_states, value_states)
         return pending, pending
@@ -216,14 +226,15 @@ class SparseCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
         """
-        seen, storage = self.num_tokens, self.storage
-        assert storage is not None
-        plain = self._look(plan, position_ids)
-        positions = None if plain else self._new_positions(plan, position_ids)
-        self._make_room(seen + keys.shape[2])
-        store_tokens(storage, keys, values, **({"seen": seen} if positions is None else {"positions": positions}))
+        seen, plain = self.num_tokens, self._look(plan, position_ids)
+        if self.storage is not None or not self._begin(keys, values, hold=plain):
+            assert self.storage is not None
+            positions = None if plain else self._new_positions(plan, position_ids)
+            self._make_room(seen + keys.shape[2])
+            told = {"seen": seen} if positions is None else {"positions": positions}
+            store_tokens(self.storage, keys, values, **told)
         self._num_tokens = seen + keys.shape[2]
-        if storage.layout is self.plan.first:
+        if self.storage.layout is self.plan.first:
             self._part(plan, self._num_tokens)
 
     def extend(
