@@ -90,7 +90,6 @@ def _dispatch(
     """Output `[batch, num_heads, q_len, head_dim]`; `records` are told what is read."""
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
-        check_length(plan, state)
         return attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
     assert isinstance(value, Tensor)
     plan = _checked_plan(attention_mask, query, key)

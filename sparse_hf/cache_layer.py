@@ -30,6 +30,7 @@ from sparse_hf_kernels.kv_cache import (
     KVDtype,
     KVStorage,
     StorageGroup,
+    counted_states,
     kernels_refuse,
     slot_positions,
     store_tokens,
@@ -42,6 +43,9 @@ GROWTH = 128
 memory is spare, and a copy of all is shared by as many tokens as there was room for."""
 
 MIN_GROWTH = 64
+
+LAYERS_AT_ONCE = 32
+"""Layers whose counts of tokens are made together."""
 
 
 def spare_tokens(num_tokens: int) -> int:
@@ -61,6 +65,14 @@ def _decode_fused() -> Callable[..., tuple[Tensor, Any]]:
 def _say_refusal(reason: str) -> None:
     """Once per reason."""
     logger.warning(f"decoding takes one launch per kind of head instead of one per layer: the fused kernels {reason}")
+
+
+def _counted(plan: ForwardPlan, batch: int) -> Tensor:
+    """The state of a storage that holds the tokens of this forward pass; made for many layers at once."""
+    left: list[Tensor] = plan.known.setdefault("counted_states", [])
+    if not left:
+        left += counted_states(LAYERS_AT_ONCE, batch, plan.q_len, plan.device)
+    return left.pop()
 
 
 class PendingKV:
@@ -138,17 +150,18 @@ class SparseCacheLayer(CacheLayerMixin):
         return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._begin(key_states, value_states, hold=False)
+        self._begin(key_states, value_states)
 
-    def _begin(self, keys: Tensor, values: Tensor, hold: bool) -> bool:
-        """Makes the storage for these first tokens; with `hold` it stores them on the way, if it can. Whether it did."""
+    def _begin(self, keys: Tensor, values: Tensor, plan: ForwardPlan | None = None) -> bool:
+        """Makes the storage for these first tokens; given the plan of a forward pass without padding and packing, it
+        stores them on the way if it can. Whether it did."""
         batch, _, num_new, head_dim = keys.shape
         # While a sequence is shorter than its rings they would take more than they hold; but where the length is fixed,
         # only dense rows make heads part later.
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
         layout = first or self.plan.storage
-        hold = hold and KVStorage.takes_run(layout, self.kv_dtype)
+        hold = plan is not None and KVStorage.takes_run(layout, self.kv_dtype)
         self.storage = KVStorage(
             layout,
             batch=batch,
@@ -159,6 +172,7 @@ class SparseCacheLayer(CacheLayerMixin):
             capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
             first=(keys, values) if hold else None,
+            state=_counted(plan, batch) if plan is not None and hold else None,
         )
         self.is_initialized = True
         return hold
@@ -227,7 +241,7 @@ class SparseCacheLayer(CacheLayerMixin):
             ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
         """
         seen, plain = self.num_tokens, self._look(plan, position_ids)
-        if self.storage is not None or not self._begin(keys, values, hold=plain):
+        if self.storage is not None or not self._begin(keys, values, plan if plain else None):
             assert self.storage is not None
             positions = None if plain else self._new_positions(plan, position_ids)
             self._make_room(seen + keys.shape[2])

@@ -66,7 +66,10 @@ def attend_cached(
         if out is None:
             check_length(plan, state)
             out = attend(state, query, keys, values, plan, position_ids, scale, ())
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                layer.store(keys, values, plan, position_ids)
+        else:
             layer.store(keys, values, plan, position_ids)
         return out
     check_length(plan, state)

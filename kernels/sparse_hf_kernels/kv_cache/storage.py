@@ -36,8 +36,9 @@ class KVStorage:
         device: of the tensors.
         capacity: tokens that linear heads have room for.
         kv_dtype: how they are stored; None as they come.
-        first: keys and values `[batch, num_kv_heads, new, head_dim]` of tokens 0 on, stored and counted from the start;
-            copied in any case, so that nobody else holds what is stored. Only where `takes_run`.
+        first: keys and values `[batch, num_kv_heads, new, head_dim]` of tokens 0 on, stored from the start; copied in
+            any case, so that nobody else holds what is stored. Only where `takes_run`.
+        state: what `state` is at first, with `first` counted; by default that of an empty storage. Kept, not copied.
 
     Attributes:
         state: int32 `[1 + batch]`: slots that queries came in, padding included, then the tokens of each row. On the
@@ -57,6 +58,7 @@ class KVStorage:
         capacity: int,
         kv_dtype: KVDtype | None = None,
         first: tuple[Tensor, Tensor] | None = None,
+        state: Tensor | None = None,
     ) -> None:
         self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
         stored = dtype if kv_dtype is None else QUANTIZED[kv_dtype][0]
@@ -74,8 +76,8 @@ class KVStorage:
             self.k_scales, self.v_scales = (
                 torch.empty(batch, slots, dtype=torch.float32, device=device) for _ in range(2)
             )
-        num_tokens = 0 if first is None else first[0].shape[2]
-        self.state = torch.full((1 + batch,), num_tokens, dtype=torch.int32, device=device)
+        assert first is None or state is not None
+        self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device) if state is None else state
         self.launches: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,6 +177,14 @@ class KVStorage:
         per_slot = sum(x[0, 0].numel() * x.element_size() for x in self.tensors() if x.numel())
         filled = sum(len(group.heads) * min(num_tokens, group.slots(num_tokens)) for group in self.layout.groups)
         return self.batch * filled * per_slot
+
+
+def counted_states(num_storages: int, batch: int, num_tokens: int, device: torch.device) -> list[Tensor]:
+    """`KVStorage.state` of storages in which every row has so many tokens, by one launch for all of them."""
+    # Kernels are compiled for states at multiples of 16 bytes, where tensors of their own would lie.
+    width = -(-(1 + batch) // 4) * 4
+    states = torch.full((num_storages, width), num_tokens, dtype=torch.int32, device=device)
+    return list(states[:, : 1 + batch].unbind())
 
 
 def quantize(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
