@@ -66,7 +66,9 @@ def sparse_attention_forward(
         if token is not None:
             return token, None
     if out is None:
-        run = _dispatch_exchanged if state.exchange else _dispatch_recorded if state.recorders else _dispatch
+        run = _dispatch_recorded if state.recorders else _dispatch
+        if state.exchange is not None:
+            run = _dispatch_exchanged
         out = run(state, query, key, value, attention_mask, position_ids, scale)
     return out.transpose(1, 2).contiguous(), None
 

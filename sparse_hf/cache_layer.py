@@ -247,6 +247,7 @@ class SparseCacheLayer(CacheLayerMixin):
             self._make_room(seen + keys.shape[2])
             told = {"seen": seen} if positions is None else {"positions": positions}
             store_tokens(self.storage, keys, values, **told)
+        assert self.storage is not None
         self._num_tokens = seen + keys.shape[2]
         if self.storage.layout is self.plan.first:
             self._part(plan, self._num_tokens)
@@ -260,6 +261,8 @@ class SparseCacheLayer(CacheLayerMixin):
             by_position: positions are true ones. Otherwise those of heads with sinks may leave out the gap behind the
                 sinks, so that they have a closed form.
         """
+        if self.storage is None:
+            self.lazy_initialization(keys, values)
         assert self.storage is not None
         seen, storage = self.num_tokens, self.storage
         plain = self._look(plan, position_ids)

@@ -167,8 +167,10 @@ def seen_positions(monkeypatch: pytest.MonkeyPatch) -> list[TokenPositions]:
 def test_unpadded_passes_have_a_closed_form(
     case: Any, seen_positions: list[TokenPositions], waits: list[str], masked: bool
 ) -> None:
-    """Prefill, a chunk and a token: integers for the kernels. Only a mask, or position ids that a caller gave, are looked
-    at: one wait a pass for both."""
+    """Prefill, a chunk and a token: integers for the kernels.
+
+    Only a mask, or position ids that a caller gave, are looked at: one wait a pass for both.
+    """
     cache, tokens = DynamicCache(config=case.model.config), torch.randint(1, 99, (2, 30))
     for begin, end in ((0, 12), (12, 29), (29, 30)):
         seen_positions.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from sparse_hf import SparseCache, SparseConfig, Streaming, sparsify, unsparsify
+from sparse_hf import SparseCache, SparseConfig, Streaming, capture, sparsify, unsparsify
 from sparse_hf.own_positions import are_own
 from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 from sparse_hf_kernels.kv_cache import HeadStorage, KVStorage, StorageLayout, counted_states
@@ -130,6 +130,14 @@ def test_an_exception_leaves_nothing_behind(sparse: Any, ids: Tensor) -> None:
     with pytest.raises(ValueError, match="the sequence has 301 tokens"):
         sparse(torch.zeros(1, 301, dtype=torch.int64), use_cache=False)
     assert not are_own()
+
+
+def test_a_capture_sees_the_first_tokens_of_a_cache(sparse: Any, ids: Tensor) -> None:
+    with torch.no_grad():
+        expected = sparse(ids, use_cache=False).logits
+        with capture(sparse):
+            out = sparse(ids, past_key_values=SparseCache.for_model(sparse)).logits
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_hooks_go_with_the_model(sparse: Any, ids: Tensor) -> None:
