@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sparse_hf.call_record import CallRecord
 
 ATTENTION_NAME = "sparse_hf"
+ASKED = frozenset({"output_attentions", "softcap", "s_aux"})
+"""Arguments that sparse attention refuses, if they ask for anything."""
 
 
 def sparse_attention_forward(
@@ -51,19 +53,22 @@ def sparse_attention_forward(
         return _forward_untraced(
             module, query, key, value, attention_mask, scaling, dropout, position_ids=position_ids, **kwargs
         )
-    state = _checked_state(module, dropout, kwargs)
+    state = get_layer_state(module)
+    if state is None or dropout or not ASKED.isdisjoint(kwargs):
+        state = _checked_state(state, dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = None
-    if isinstance(key, PendingKV) and query.shape[2] == 1:
+    if not isinstance(key, PendingKV):
+        assert not isinstance(value, PendingKV)
+        out = attend_at_once(state, query, key, value, attention_mask, position_ids, scale)
+    elif query.shape[2] == 1:
         token = decode_at_once(state, query, key, attention_mask, scale)
         if token is not None:
             return token, None
-    if state.exchange is not None:
-        out = _dispatch_exchanged(state, query, key, value, attention_mask, position_ids, scale)
-    elif isinstance(key, Tensor) and isinstance(value, Tensor) and not torch.compiler.is_compiling():
-        out = attend_at_once(state, query, key, value, attention_mask, position_ids, scale)
     if out is None:
         run = _dispatch_recorded if state.recorders else _dispatch
+        if state.exchange is not None:
+            run = _dispatch_exchanged
         out = run(state, query, key, value, attention_mask, position_ids, scale)
     return out.transpose(1, 2).contiguous(), None
 
@@ -87,7 +92,6 @@ def _dispatch(
     """Output `[batch, num_heads, q_len, head_dim]`; `records` are told what is read."""
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
-        check_length(plan, state)
         return attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
     assert isinstance(value, Tensor)
     plan = _checked_plan(attention_mask, query, key)
@@ -144,8 +148,7 @@ def _dispatch_recorded(
     return out
 
 
-def _checked_state(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> LayerState:
-    state = get_layer_state(module)
+def _checked_state(state: LayerState | None, dropout: float, kwargs: dict[str, Any]) -> LayerState:
     if state is None:
         raise ValueError(
             f"attn_implementation={ATTENTION_NAME!r} is set but this model was not sparsified; "

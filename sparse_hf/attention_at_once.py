@@ -39,29 +39,28 @@ def attend_at_once(
 ) -> Tensor | None:
     """Output `[batch, num_heads, q_len, head_dim]` of whole dense sequences without padding and packing; None for any
     other call. Arguments as in `sparse_attention_forward`."""
-    layout, shape = state.layout, query.shape
-    if shape[2] > max(layout.dense_len, min(layout.num_dense_rows, layout.max_distance)) or key.shape[2] != shape[2]:
+    if not isinstance(plan, ForwardPlan) or plan.q_len > state.whole_len:
         return None
-    if state.gate is not None or state.recorders or not isinstance(plan, ForwardPlan):
-        return None
-    known = plan.known
-    if known.get("at_once_shape") != shape:
+    if plan.at_once is None:
+        if torch.compiler.is_compiling():
+            return None
         check_length(plan, state)
-        known["at_once"] = _are_at_once(query, key, value, plan, position_ids)
-        known["at_once_shape"] = shape
-    if not known["at_once"] or not query.dtype == key.dtype == value.dtype:
+        plan.at_once = _are_at_once(query, key, value, plan, position_ids)
+        plan.grouped = query.shape[1] != key.shape[1]
+    if not plan.at_once:
         return None
-    grouped = shape[1] != layout.num_kv_heads
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=plan.grouped)
 
 
 def _are_at_once(query: Tensor, key: Tensor, value: Tensor, plan: ForwardPlan, position_ids: Tensor | None) -> bool:
     """Whether SDPA serves the dense calls of this forward pass."""
     lengths = plan.q_len, plan.kv_len, plan.q_offset, plan.kv_offset
-    if isinstance(plan.q_offset, Tensor) or lengths != (query.shape[2], query.shape[2], 0, 0):
+    if isinstance(plan.q_offset, Tensor) or lengths != (query.shape[2], key.shape[2], 0, 0) or lengths[0] != lengths[1]:
         return False
     # Under autocast dtypes differ, and without a dense last dimension SDPA would form the N x N scores.
-    if torch.is_autocast_enabled(query.device.type) or any(x.stride(-1) != 1 for x in (query, key, value)):
+    if torch.is_autocast_enabled(query.device.type) or not query.dtype == key.dtype == value.dtype:
+        return False
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return False
     fixed_order = torch.are_deterministic_algorithms_enabled()
     layout = _dense_layout(key.shape[1])

@@ -30,6 +30,7 @@ from sparse_hf_kernels.kv_cache import (
     KVDtype,
     KVStorage,
     StorageGroup,
+    counted_states,
     kernels_refuse,
     slot_positions,
     store_tokens,
@@ -42,6 +43,9 @@ GROWTH = 128
 memory is spare, and a copy of all is shared by as many tokens as there was room for."""
 
 MIN_GROWTH = 64
+
+LAYERS_AT_ONCE = 32
+"""Layers whose counts of tokens are made together."""
 
 
 def spare_tokens(num_tokens: int) -> int:
@@ -61,6 +65,14 @@ def _decode_fused() -> Callable[..., tuple[Tensor, Any]]:
 def _say_refusal(reason: str) -> None:
     """Once per reason."""
     logger.warning(f"decoding takes one launch per kind of head instead of one per layer: the fused kernels {reason}")
+
+
+def _counted(plan: ForwardPlan, batch: int) -> Tensor:
+    """The state of a storage that holds the tokens of this forward pass; made for many layers at once."""
+    left: list[Tensor] = plan.known.setdefault("counted_states", [])
+    if not left:
+        left += counted_states(LAYERS_AT_ONCE, batch, plan.q_len, plan.device)
+    return left.pop()
 
 
 class PendingKV:
@@ -138,28 +150,40 @@ class SparseCacheLayer(CacheLayerMixin):
         return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, _, num_new, head_dim = key_states.shape
+        self._begin(key_states, value_states)
+
+    def _begin(self, keys: Tensor, values: Tensor, plan: ForwardPlan | None = None) -> bool:
+        """Makes the storage for these first tokens; given the plan of a forward pass without padding and packing, it
+        stores them on the way if it can. Whether it did."""
+        batch, _, num_new, head_dim = keys.shape
         # While a sequence is shorter than its rings they would take more than they hold; but where the length is fixed,
         # only dense rows make heads part later.
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
+        layout = first or self.plan.storage
+        hold = plan is not None and KVStorage.takes_run(layout, self.kv_dtype)
         self.storage = KVStorage(
-            first or self.plan.storage,
+            layout,
             batch=batch,
             head_dim=head_dim,
-            value_dim=value_states.shape[-1],
-            dtype=value_states.dtype,
-            device=key_states.device,
+            value_dim=values.shape[-1],
+            dtype=values.dtype,
+            device=keys.device,
             capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
+            first=(keys, values) if hold else None,
+            state=_counted(plan, batch) if plan is not None and hold else None,
         )
         self.is_initialized = True
+        return hold
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if key_states.dtype != value_states.dtype:
             # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype.
             key_states = key_states.to(value_states.dtype)
-        if not self.is_initialized:
+        # The first tokens of a growing cache wait for `store`, which makes room and fills it in one go; a single one is
+        # for the decode step, which asks for a storage.
+        if self.storage is None and (self.max_length is not None or key_states.shape[2] == 1):
             self.lazy_initialization(key_states, value_states)
         pending = PendingKV(self, key_states, value_states)
         return pending, pending
@@ -216,14 +240,16 @@ class SparseCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
         """
-        seen, storage = self.num_tokens, self.storage
-        assert storage is not None
-        plain = self._look(plan, position_ids)
-        positions = None if plain else self._new_positions(plan, position_ids)
-        self._make_room(seen + keys.shape[2])
-        store_tokens(storage, keys, values, **({"seen": seen} if positions is None else {"positions": positions}))
+        seen, plain = self.num_tokens, self._look(plan, position_ids)
+        if self.storage is not None or not self._begin(keys, values, plan if plain else None):
+            assert self.storage is not None
+            positions = None if plain else self._new_positions(plan, position_ids)
+            self._make_room(seen + keys.shape[2])
+            told = {"seen": seen} if positions is None else {"positions": positions}
+            store_tokens(self.storage, keys, values, **told)
+        assert self.storage is not None
         self._num_tokens = seen + keys.shape[2]
-        if storage.layout is self.plan.first:
+        if self.storage.layout is self.plan.first:
             self._part(plan, self._num_tokens)
 
     def extend(
@@ -235,6 +261,8 @@ class SparseCacheLayer(CacheLayerMixin):
             by_position: positions are true ones. Otherwise those of heads with sinks may leave out the gap behind the
                 sinks, so that they have a closed form.
         """
+        if self.storage is None:
+            self.lazy_initialization(keys, values)
         assert self.storage is not None
         seen, storage = self.num_tokens, self.storage
         plain = self._look(plan, position_ids)

@@ -64,10 +64,15 @@ def attend_cached(
         # Nothing was evicted: the new keys are all that there are, and one call serves all heads.
         out = attend_at_once(state, query, keys, values, plan, position_ids, scale)
         if out is None:
+            check_length(plan, state)
             out = attend(state, query, keys, values, plan, position_ids, scale, ())
-        with torch.no_grad():
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                layer.store(keys, values, plan, position_ids)
+        else:
             layer.store(keys, values, plan, position_ids)
         return out
+    check_length(plan, state)
     with torch.no_grad():
         out = _attend_groups(state, query, pending, plan, position_ids, scale, records)
     return _without_gradient(out, query)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_hf.own_positions import are_own
 from sparse_hf_kernels import TokenPositions, TracedPositions
 from sparse_hf_kernels.capture import asked_as_data, may_read
 
@@ -38,6 +39,7 @@ class ForwardPlan:
         kv_offset: tokens before the first key (sliding caches drop the oldest).
         padding_mask: boolean `[batch, tokens seen]` of real tokens, or None without padding.
         device: of the inputs.
+        own_ids: the model makes the position ids itself, so that they never restart.
     """
 
     ndim: ClassVar[int] = 4  # `generate` prepares masks for static caches; models then leave them alone, like 4-D ones
@@ -51,10 +53,14 @@ class ForwardPlan:
         kv_offset: int,
         padding_mask: Tensor | None,
         device: torch.device,
+        own_ids: bool = False,
     ) -> None:
         self.q_len, self.kv_len, self.q_offset, self.kv_offset = q_len, kv_len, q_offset, kv_offset
-        self.padding_mask, self.device = padding_mask, device
+        self.padding_mask, self.device, self.own_ids = padding_mask, device, own_ids
         self.known: dict[str, Any] = {}  # what layers share that cannot be traced
+        # Of `attend_at_once`: whether SDPA serves layers that are dense at this length, and heads share keys.
+        self.at_once: bool | None = None
+        self.grouped = False
         self._positions: TokenPositions | TracedPositions | None = None
         self._look: tuple[Tensor | None, bool] | None = None
         self._elsewhere: dict[torch.device, ForwardPlan] = {}
@@ -73,6 +79,7 @@ class ForwardPlan:
                 kv_offset=self.kv_offset,
                 padding_mask=None if padding is None else padding.to(device, non_blocking=non_blocking),
                 device=device,
+                own_ids=self.own_ids,
             )
         return self._elsewhere[device]
 
@@ -151,25 +158,32 @@ class ForwardPlan:
     def _look_at(self, position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
         """Numbers of packed sequences `[batch or 1, q_len]`, None when no position id restarts; and: is there padding?
 
-        The one place where a forward pass waits for the device, once for all layers, if it may.
+        The one place where a forward pass waits for the device, once for all layers, if it may and must.
         """
-        if self._look is None and not may_read():
-            self._look = self._unseen(self._borders(position_ids))
-        elif self._look is None:
-            border = self._borders(position_ids)
-            padding = None if self.padding_mask is None else ~self._seen_mask(self._first + self.q_len)
-            asked = [x.any() for x in (border, padding) if x is not None]
-            answers = torch.stack(asked).tolist() if asked else []
-            padded = padding is not None and answers[-1]
-            self._look = (border.cumsum(-1) if border is not None and answers[0] else None), padded
-        assert self._look is not None
+        if self._look is None:
+            self._look = self._seen(position_ids) if may_read() else self._unseen(self._borders(position_ids))
         return self._look
+
+    def _seen(self, position_ids: Tensor | None) -> tuple[Tensor | None, bool]:
+        """The answers by what the tensors hold. Whether there is anything to find at all is cheap to ask, so that
+        comes first; a second wait tells padding from packing."""
+        mask = None if self.padding_mask is None else self._seen_mask(self._first + self.q_len)
+        runs = [] if mask is None else [mask.all()]
+        if self._may_restart(position_ids):
+            assert position_ids is not None
+            runs.append((position_ids.diff(dim=-1) == 1).all())
+        if not runs or bool(runs[0] if len(runs) == 1 else runs[0] & runs[1]):
+            return None, False
+        border = self._borders(position_ids)
+        if border is None or mask is None:
+            return (None if border is None else border.cumsum(-1)), mask is not None
+        packed, whole = torch.stack([border.any(), runs[0]]).tolist()
+        return (border.cumsum(-1) if packed else None), not whole
 
     def _unseen(self, border: Tensor | None) -> tuple[Tensor | None, bool]:
         """The answers where nothing can be read: a padding mask counts as padding.
 
-        So do borders as borders, if that was asked for. Otherwise there are none, which the graph asserts when it runs:
-        models make position_ids themselves where they are given none, so that captures see them nearly always.
+        So do borders as borders, if that was asked for. Otherwise there are none, which the graph asserts when it runs.
         """
         packed = border is not None and asked_as_data() and isinstance(self.q_offset, int)
         if border is not None and not packed:
@@ -178,21 +192,24 @@ class ForwardPlan:
             _say_slow()
         return (border.cumsum(-1) if border is not None and packed else None), self.padding_mask is not None
 
+    def _may_restart(self, position_ids: Tensor | None) -> bool:
+        if position_ids is None or self.own_ids:
+            return False
+        return position_ids.ndim == 2 and position_ids.shape[-1] == self.q_len > 1
+
     def _borders(self, position_ids: Tensor | None) -> Tensor | None:
         """Boolean `[batch or 1, q_len]`: where a position id restarts; None where it cannot."""
-        if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] != self.q_len or self.q_len < 2:
+        if position_ids is None or not self._may_restart(position_ids):
             return None
         if self.padding_mask is None:
-            border = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
-        else:
-            # Padding breaks the run of position ids without being a border: compare with the real token before.
-            valid = self.new_valid(len(self.padding_mask))
-            slots = torch.arange(self.q_len, device=self.device).expand_as(valid)
-            before = F.pad(torch.where(valid, slots, -1).cummax(-1).values, (1, -1), value=-1)
-            ids = position_ids.expand(len(valid), -1)
-            step = ids - ids.gather(1, before.clamp_min(0))
-            border = valid & (before >= 0) & (step != 1) & (step != slots - before)
-        return border
+            return F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+        # Padding breaks the run of position ids without being a border: compare with the real token before.
+        valid = self.new_valid(len(self.padding_mask))
+        slots = torch.arange(self.q_len, device=self.device).expand_as(valid)
+        before = F.pad(torch.where(valid, slots, -1).cummax(-1).values, (1, -1), value=-1)
+        ids = position_ids.expand(len(valid), -1)
+        step = ids - ids.gather(1, before.clamp_min(0))
+        return valid & (before >= 0) & (step != 1) & (step != slots - before)
 
     def compute_positions(self, position_ids: Tensor | None) -> TokenPositions:
         """Positions in closed form where there is neither padding nor packing; reads the device to learn that."""
@@ -261,7 +278,8 @@ class ForwardPlan:
                 f"attention_mask covers {given} tokens but {total} have been seen; "
                 "extend it by a column per new token, as generate does"
             )
-        return F.pad(self.padding_mask[:, :total], (0, length - total), value=False)
+        seen = self.padding_mask[:, :total]
+        return seen if length == total else F.pad(seen, (0, length - total), value=False)
 
     def _all_segments(self, segments: Tensor | None, valid: Tensor, q_offset: int) -> Tensor | None:
         if segments is None:
@@ -301,6 +319,7 @@ def forward_plan_mask(
         kv_offset=kv_offset,
         padding_mask=attention_mask,
         device=torch.device(device),
+        own_ids=are_own(),
     )
 
 

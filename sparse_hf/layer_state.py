@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparse_hf.head_exchange import HeadExchange
 
 _ATTRIBUTE = "_sparse_hf_layer"
+_OF_WHOLE_LEN = frozenset({"layout", "gate", "recorders", "exchange"})
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,8 @@ class LayerState:
         numbers: the KV heads' numbers in the layer, for parameters per head; None when they are all of them.
         order: of a rank's share, the KV heads of all ranks in turn; None where that is their own order.
         kept_shares: of `head_exchange.layer_share`.
+        whole_len: sequences of up to so many tokens are dense in every head, and nothing is asked of the attention but
+            its output; follows from the others.
     """
 
     layer_idx: int
@@ -52,6 +55,14 @@ class LayerState:
     numbers: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
     kept_shares: list[tuple[tuple[Any, ...], LayerState]] = field(default_factory=list, init=False, repr=False)
+    whole_len: int = field(init=False, repr=False, compare=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        # Asked in every call of the attention, changed seldom.
+        if name in _OF_WHOLE_LEN:
+            bare = self.gate is None and not self.recorders and self.exchange is None
+            object.__setattr__(self, "whole_len", self.layout.whole_len if bare else 0)
 
     def selects(self, gate: Tensor | None) -> bool:
         """Some head that the call needs chooses by q and k."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from sparse_hf.adapters import ModelShape, adapter_for
@@ -26,6 +27,7 @@ from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
 from sparse_hf.lora import remove_adapter, unwrapped
 from sparse_hf.methods import HeadPlace, Method
+from sparse_hf.own_positions import watch_decoder
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout, layout_key
 
 _ATTRIBUTE = "_sparse_hf_handle"
@@ -38,7 +40,8 @@ MAX_HEAD_DIM = 256
 class SparseHandle:
     """What `sparsify` did to a model: enough to describe it and to undo it.
 
-    `resolved` is `config` with `min_seq_len` as a number; `added_adapter`: a LoRA adapter came with the masks.
+    `resolved` is `config` with `min_seq_len` as a number; `hooks`: of the decoder; `added_adapter`: a LoRA adapter came
+    with the masks.
     """
 
     config: SparseConfig
@@ -51,6 +54,7 @@ class SparseHandle:
     original_config: PretrainedConfig
     original_values: dict[str, Any]
     original_attention: str
+    hooks: tuple[RemovableHandle, ...]
     added_adapter: bool = False
 
 
@@ -116,6 +120,8 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
         original_config=original,
         original_values=dict(vars(original)),
         original_attention=original._attn_implementation,
+        # PeftModel calls the model's `forward`, past its hooks; the decoder's are always run.
+        hooks=watch_decoder(model.base_model),
     )
     setattr(model, _ATTRIBUTE, handle)
     setattr(model, _CACHE_METHOD, MethodType(_prepare_sparse_cache, model))
@@ -134,6 +140,8 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
     outer, model = model, unwrapped(model)
     for module in handle.modules:
         clear_layer_state(module)
+    for hook in handle.hooks:
+        hook.remove()
     delattr(model, _CACHE_METHOD)
     delattr(model, PREFILL_METHOD)
     delattr(model, _ATTRIBUTE)

@@ -139,6 +139,11 @@ class AttentionLayout:
         return min(self.max_distance, *lengths)
 
     @cached_property
+    def whole_len(self) -> int:
+        """`dense_len`, of layouts with a selection too: below `num_dense_rows` nothing is selected."""
+        return max(self.dense_len, min(self.num_dense_rows, self.max_distance))
+
+    @cached_property
     def all_dense(self) -> AttentionLayout:
         """What dense rows follow: every head reads all within `max_distance`."""
         return AttentionLayout.dense(self.num_kv_heads, self.max_distance, self.causal)

@@ -167,7 +167,10 @@ def seen_positions(monkeypatch: pytest.MonkeyPatch) -> list[TokenPositions]:
 def test_unpadded_passes_have_a_closed_form(
     case: Any, seen_positions: list[TokenPositions], waits: list[str], masked: bool
 ) -> None:
-    """Prefill, a chunk and a token: integers for the kernels, and one wait a pass to learn that they suffice."""
+    """Prefill, a chunk and a token: integers for the kernels.
+
+    Only a mask, or position ids that a caller gave, are looked at: one wait a pass for both.
+    """
     cache, tokens = DynamicCache(config=case.model.config), torch.randint(1, 99, (2, 30))
     for begin, end in ((0, 12), (12, 29), (29, 30)):
         seen_positions.clear()
@@ -178,7 +181,12 @@ def test_unpadded_passes_have_a_closed_form(
         assert len(seen_positions) == 2 and seen_positions[0] is seen_positions[1]
         assert closed_form(seen_positions[0]) == (begin, 0)
         assert (seen_positions[0].q_len, seen_positions[0].kv_len) == (end - begin, end)
-        assert waits == (["tolist"] if masked or end - begin > 1 else [])
+        assert waits == (["__bool__"] if masked else [])
+        if end - begin > 1:
+            waits.clear()
+            ids = torch.arange(begin, end).expand(2, -1)
+            case.model(**plain | {"position_ids": ids, "past_key_values": None, "use_cache": False})
+            assert "__bool__" in waits and "tolist" not in waits
 
 
 @torch.no_grad()

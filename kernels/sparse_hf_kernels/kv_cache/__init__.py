@@ -2,7 +2,7 @@
 
 from sparse_hf_kernels.kv_cache.layout import HeadStorage, StorageGroup, StorageLayout, slot_positions
 from sparse_hf_kernels.kv_cache.op import decode_attention, kernels_refuse, store_tokens
-from sparse_hf_kernels.kv_cache.storage import KVDtype, KVStorage
+from sparse_hf_kernels.kv_cache.storage import KVDtype, KVStorage, counted_states
 
 __all__ = [
     "HeadStorage",
@@ -10,6 +10,7 @@ __all__ = [
     "KVStorage",
     "StorageGroup",
     "StorageLayout",
+    "counted_states",
     "decode_attention",
     "kernels_refuse",
     "slot_positions",

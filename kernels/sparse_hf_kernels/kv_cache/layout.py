@@ -106,6 +106,11 @@ class StorageLayout:
     def num_linear(self) -> int:
         return sum(head.recent is None for head in self.heads)
 
+    @property
+    def is_linear(self) -> bool:
+        """All heads are: tokens that come one after the other are stored by a plain copy."""
+        return self.num_linear == len(self.heads)
+
     def row_slots(self, capacity: int) -> int:
         """Slots of a row whose linear heads have `capacity` each."""
         return self.ring_slots + self.num_linear * capacity

@@ -36,6 +36,9 @@ class KVStorage:
         device: of the tensors.
         capacity: tokens that linear heads have room for.
         kv_dtype: how they are stored; None as they come.
+        first: keys and values `[batch, num_kv_heads, new, head_dim]` of tokens 0 on, stored from the start; copied in
+            any case, so that nobody else holds what is stored. Only where `takes_run`.
+        state: what `state` is at first, with `first` counted; by default that of an empty storage. Kept, not copied.
 
     Attributes:
         state: int32 `[1 + batch]`: slots that queries came in, padding included, then the tokens of each row. On the
@@ -54,18 +57,27 @@ class KVStorage:
         device: torch.device,
         capacity: int,
         kv_dtype: KVDtype | None = None,
+        first: tuple[Tensor, Tensor] | None = None,
+        state: Tensor | None = None,
     ) -> None:
         self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
         stored = dtype if kv_dtype is None else QUANTIZED[kv_dtype][0]
         slots = layout.row_slots(capacity)
-        self.keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
-        self.values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
+        if first is None or first[0].shape[2] < capacity:
+            self.keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
+            self.values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
+            if first is not None:
+                self._copy_run(*first, 0)
+        else:
+            # One operation each, as when a stock cache puts them behind nothing.
+            self.keys, self.values = (x.clone(memory_format=torch.contiguous_format).flatten(1, 2) for x in first)
         self.k_scales = self.v_scales = _no_scales(device)
         if kv_dtype is not None:
             self.k_scales, self.v_scales = (
                 torch.empty(batch, slots, dtype=torch.float32, device=device) for _ in range(2)
             )
-        self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+        assert first is None or state is not None
+        self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device) if state is None else state
         self.launches: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,14 +135,22 @@ class KVStorage:
         part = x[:, group.first_slot : group.first_slot + len(group.heads) * slots]
         return part.unflatten(1, (len(group.heads), slots))
 
+    @staticmethod
+    def takes_run(layout: StorageLayout, kv_dtype: KVDtype | None) -> bool:
+        """Tokens that come one after the other are stored by a plain copy."""
+        return kv_dtype is None and layout.is_linear
+
     def write_run(self, k: Tensor, v: Tensor, seen: int) -> bool:
         """Stores tokens `[batch, num_kv_heads, new, head_dim]` from slot `seen` on by a plain copy; False where heads
         do not all keep them as they come."""
-        if len(self.layout.groups) > 1 or self.layout.ring_slots or self.kv_dtype is not None:
+        if not self.takes_run(self.layout, self.kv_dtype):
             return False
+        self._copy_run(k, v, seen)
+        return True
+
+    def _copy_run(self, k: Tensor, v: Tensor, seen: int) -> None:
         for x, new in ((self.keys, k), (self.values, v)):
             x.view(*new.shape[:2], self.capacity, new.shape[3]).narrow(2, seen, new.shape[2]).copy_(new)
-        return True
 
     def read(self, group: StorageGroup, *spans: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
         """The group's keys and values `[batch, heads, span, head_dim]` in these spans of slots, as they came.
@@ -157,6 +177,14 @@ class KVStorage:
         per_slot = sum(x[0, 0].numel() * x.element_size() for x in self.tensors() if x.numel())
         filled = sum(len(group.heads) * min(num_tokens, group.slots(num_tokens)) for group in self.layout.groups)
         return self.batch * filled * per_slot
+
+
+def counted_states(num_storages: int, batch: int, num_tokens: int, device: torch.device) -> list[Tensor]:
+    """`KVStorage.state` of storages in which every row has so many tokens, by one launch for all of them."""
+    # Kernels are compiled for states at multiples of 16 bytes, where tensors of their own would lie.
+    width = -(-(1 + batch) // 4) * 4
+    states = torch.full((num_storages, width), num_tokens, dtype=torch.int32, device=device)
+    return list(states[:, : 1 + batch].unbind())
 
 
 def quantize(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
