@@ -8,7 +8,6 @@ lengths; the last one to have done so counts the new token, so that a captured g
 
 import triton
 import triton.language as tl
-
 from triton.language.extra.cuda import gdc_wait
 
 from sparse_hf_kernels.kv_cache.parts import NEVER, leave
@@ -173,6 +172,43 @@ def _count_token(state_ptr, slots, lengths, valid, rows, exists, KV_HEADS: tl.co
 
 
 @triton.jit
+def _read(state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr, HAS_VALID: tl.constexpr):
+    """Length, table entries and validity of every row, and the slots before; all on their way at once."""
+    all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
+    slots_before = tl.load(state_ptr)
+    table = heads_ptr + (rows % KV_HEADS) * 4
+    all_recent = tl.load(table, mask=exists, other=0)
+    all_sinks = tl.load(table + 1, mask=exists, other=0)
+    all_windows = tl.load(table + 2, mask=exists, other=1)
+    all_places = tl.load(table + 3, mask=exists, other=0)
+    all_valid = exists
+    if HAS_VALID:
+        all_valid = tl.load(valid_ptr + rows // KV_HEADS, mask=exists, other=0) != 0
+    return all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before
+
+
+@triton.jit
+def _new_slot(length, recent, sinks, linear, capacity, count, BN: tl.constexpr):
+    """Where the new token goes, whether it stays, and the block it goes with."""
+    turned = sinks + (length - sinks) % tl.maximum(recent, 1)
+    pushes = (~linear) & (length >= recent + sinks)
+    slot = tl.where(pushes, turned, length)
+    stays = tl.where(linear, length < capacity, (recent > 0) | (length < sinks))
+    return slot, stays, tl.where(pushes & stays, slot // BN, count - 1)
+
+
+@triton.jit
+def _share(all_units, MIN_SHARE: tl.constexpr):
+    """First unit of this program, the end of its units, and how they are shared out, see `_holder`."""
+    pid = tl.program_id(0)
+    even = all_units // tl.num_programs(0)
+    share = tl.maximum(even, MIN_SHARE)
+    extra = tl.where(even < MIN_SHARE, 0, all_units - even * tl.num_programs(0))
+    unit = pid * share + tl.minimum(pid, extra)
+    return unit, tl.minimum(unit + share + (pid < extra).to(tl.int32), all_units), share, extra
+
+
+@triton.jit
 def _holder(unit, share, extra):
     """The program that has a unit of the work: the first `extra` of them have share + 1 units, the others share."""
     return tl.maximum(unit // (share + 1), (unit - extra) // share)
@@ -192,26 +228,18 @@ def _decode_kernel(
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
-    `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale` includes
-    log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: launched while the
-    kernel before it may still run.
+    `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale`
+    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: launched while
+    the kernel before it may still run.
     """
     if EARLY:
         gdc_wait()
-    pid = tl.program_id(0)
     programs = tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows
-    all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
-    slots_before = tl.load(state_ptr)
-    table = heads_ptr + (rows % KV_HEADS) * 4
-    all_recent = tl.load(table, mask=exists, other=0)
-    all_sinks = tl.load(table + 1, mask=exists, other=0)
-    all_windows = tl.load(table + 2, mask=exists, other=1)
-    all_places = tl.load(table + 3, mask=exists, other=0)
-    all_valid = exists
-    if HAS_VALID:
-        all_valid = tl.load(valid_ptr + rows // KV_HEADS, mask=exists, other=0) != 0
+    all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before = _read(
+        state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS, HAS_VALID
+    )
     _all_sinks, _all_firsts, counts, _all_lows = _blocks(
         all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN
     )
@@ -219,11 +247,7 @@ def _decode_kernel(
     units = tl.where(exists, counts + HEAD_COST, 0)
     ends = tl.cumsum(units, 0)
     all_units = tl.sum(units, 0)
-    even = all_units // programs
-    share = tl.maximum(even, MIN_SHARE)
-    extra = tl.where(even < MIN_SHARE, 0, all_units - even * programs)
-    unit = pid * share + tl.minimum(pid, extra)
-    stop = tl.minimum(unit + share + (pid < extra).to(tl.int32), all_units)
+    unit, stop, share, extra = _share(all_units, MIN_SHARE)
     g = tl.arange(0, BG)
     dims = tl.arange(0, BD)
     in_dims = dims < D
@@ -258,11 +282,7 @@ def _decode_kernel(
             heads = head * GROUP + g
             q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + dims[None, :], mask=q_mask, other=0.0)
             # The new token goes with the block whose slot it takes, which nobody else reads, or else with the last one.
-            turned = sinks + (length - sinks) % tl.maximum(recent, 1)
-            pushes = (~linear) & (length >= recent + sinks)
-            new_slot = tl.where(pushes, turned, length)
-            stays = tl.where(linear, length < capacity, (recent > 0) | (length < sinks))
-            owner = tl.where(pushes & stays, new_slot // BN, count - 1)
+            new_slot, stays, owner = _new_slot(length, recent, sinks, linear, capacity, count, BN)
             owned = (owner >= first) & (owner < last)
             new = in_dims & owned
             k_new = tl.load(k_ptr + b * stride_kb + head.to(tl.int64) * stride_kh + dims, mask=new, other=0.0)

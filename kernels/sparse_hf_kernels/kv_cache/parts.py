@@ -23,7 +23,16 @@ def _place(part, first):
 
 @triton.jit
 def _put(
-    top, total, acc, place, acc_ptr, stat_ptr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+    top,
+    total,
+    acc,
+    place,
+    acc_ptr,
+    stat_ptr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """Writes a part: maximum and sum of weights `[ROWS]`, weighted values `[ROWS, BD]`."""
     g = tl.arange(0, ROWS)
@@ -75,9 +84,7 @@ def _merge(
 
 
 @triton.jit
-def _write(
-    total, acc, is_valid, out_ptr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):
+def _write(total, acc, is_valid, out_ptr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """A row's output, 0 if its token is none."""
     g = tl.arange(0, ROWS)
     dims = tl.arange(0, BD)
