@@ -229,8 +229,7 @@ def _decode_kernel(
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
     `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale`
-    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: launched while
-    the kernel before it may still run.
+    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: see `early`.
     """
     if EARLY:
         gdc_wait()
