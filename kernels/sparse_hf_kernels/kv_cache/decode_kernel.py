@@ -8,20 +8,38 @@ lengths; the last one to have done so counts the new token, so that a captured g
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
+from sparse_hf_kernels.kv_cache.parts import NEVER, leave
 from sparse_hf_kernels.kv_cache.store_kernel import quantized
-
-NEVER = tl.constexpr(-1e30)
-"""The maximum over no scores: finite, so that differences stay defined, and below any score."""
 
 LARGEST_DISTANCE = tl.constexpr(2**30)
 """From here on `max_distance` is none."""
 
 
 @triton.jit
-def _pick(x, rows, row):
-    """x[row], from registers."""
-    return tl.sum(tl.where(rows == row, x, 0), 0)
+def _pick(x, here):
+    """x where `here` is true, which is one place, from registers."""
+    return tl.sum(tl.where(here, x, 0), 0)
+
+
+@triton.jit
+def _fetch(pointers):
+    """Asks for the cache lines at these pointers, which L2 then holds; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fetch_blocks(keys_ptr, values_ptr, base, first, last, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+                  AHEAD: tl.constexpr):  # fmt: skip
+    """Asks for the first AHEAD of a head's blocks `first` to `last`, of which there is one at least."""
+    LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
+    size = tl.minimum(last - first, AHEAD) * (BN * D)
+    lines = (base + first * BN) * D + tl.minimum(tl.arange(0, AHEAD * BN * BD // LINE) * LINE, size - 1)
+    _fetch(keys_ptr + lines)
+    _fetch(values_ptr + lines)
 
 
 @triton.jit
@@ -83,19 +101,18 @@ def _visit(
 
 @triton.jit
 def _attend_blocks(
-    q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last, sink_blocks, low_block,
+    q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last_clear, last, sink_blocks, low_block,
     length, stored, low, sinks, linear, max_distance, scale,
     BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, QUANTIZED: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over a head's blocks `first` to `last`: maximum, sum of weights, and weighted values."""
+    """The softmax over a head's blocks `first` to `last`: maximum, sum of weights, and weighted values.
+
+    Those before `last_clear` are read from end to end: no masks, no addresses but the block's.
+    """
     top = tl.full([BG], NEVER, tl.float32)
     total = tl.zeros([BG], tl.float32)
     acc = tl.zeros([BG, BD], tl.float32)
-    # Blocks that are read from end to end: no masks, no addresses but the block's.
-    far = max_distance < LARGEST_DISTANCE
-    clear = tl.where((low > 0) | far, 0, stored // BN)
-    last_clear = tl.minimum(tl.maximum(clear, first), last)
     # A loop that is not needed would still set up its loads in flight.
     if first < last_clear:
         for i in tl.range(first, last_clear, num_stages=STAGES):
@@ -148,87 +165,53 @@ def _store_new(
 
 
 @triton.jit
-def _merge(
-    acc_ptr, stat_ptr, first, last, HEADS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """What programs `first` to `last` left of a row, summed: accumulator `[BG, BD]` and sum of weights `[BG]`."""
-    g = tl.arange(0, BG)
-    dims = tl.arange(0, BD)
-    top = tl.full([BG], NEVER, tl.float32)
-    total = tl.zeros([BG], tl.float32)
-    acc = tl.zeros([BG, BD], tl.float32)
-    fits = (g < HEADS)[:, None] & (dims < D)[None, :]
-    for begin in tl.range(first, last + 1, PARTS, num_stages=1):
-        parts = begin + tl.arange(0, PARTS)
-        real = parts <= last
-        # A program leaves two parts at most: of the head that it begins with, and of the one that it ends with.
-        places = parts * 2 + (parts == first).to(tl.int32)
-        stats = stat_ptr + places[:, None] * (2 * HEADS) + g[None, :]
-        known = real[:, None] & (g < HEADS)[None, :]
-        part_top = tl.load(stats, mask=known, other=NEVER, cache_modifier=".cg")
-        part_total = tl.load(stats + HEADS, mask=known, other=0.0, cache_modifier=".cg")
-        offsets = (places[:, None, None] * HEADS + g[None, :, None]) * D + dims[None, None, :]
-        part = tl.load(acc_ptr + offsets, mask=real[:, None, None] & fits[None], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(part_top, 0))
-        weights = tl.exp2(part_top - new_top[None, :])
-        old = tl.exp2(top - new_top)
-        acc = acc * old[:, None] + tl.sum(part * weights[:, :, None], 0)
-        total = total * old + tl.sum(part_total * weights, 0)
-        top = new_top
-    return acc, total
+def _count_token(state_ptr, slots, lengths, valid, rows, exists, KV_HEADS: tl.constexpr):
+    """One more slot, and one more token in each row that has a new one. The heads of a row all write the same."""
+    tl.store(state_ptr + 1 + rows // KV_HEADS, lengths + valid.to(tl.int32), mask=exists)
+    tl.store(state_ptr, slots + 1)
 
 
 @triton.jit
-def _divisor(total):
-    """A sum of weights, positive where there are none; NaN stays NaN, which a GPU's plain maximum would drop."""
-    return tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _leave(
-    top, total, acc, out_ptr, acc_ptr, stat_ptr, counter_ptr, is_valid, first, last,
-    GROUP: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """Writes a row that this program has to itself; of one that programs `first` to `last` share leaves a part, and
-    merges all parts if it is the last to come."""
-    pid = tl.program_id(0)
-    g = tl.arange(0, BG)
-    dims = tl.arange(0, BD)
-    offsets = g[:, None] * D + dims[None, :]
-    mask = (g < GROUP)[:, None] & (dims < D)[None, :]
-    if first == last:
-        result = tl.where(is_valid, acc / _divisor(total)[:, None], 0.0)
-        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        part = pid * 2 + (pid == first).to(tl.int32)
-        tl.store(acc_ptr + part * (GROUP * D) + offsets, acc, mask=mask)
-        tl.store(stat_ptr + part * (2 * GROUP) + g, top, mask=g < GROUP)
-        tl.store(stat_ptr + part * (2 * GROUP) + GROUP + g, total, mask=g < GROUP)
-        # All of the program's part is out before it says so.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-        if arrived == last - first:
-            merged, weight = _merge(acc_ptr, stat_ptr, first, last, GROUP, BM, D, BD, MERGED)
-            result = tl.where(is_valid, merged / _divisor(weight)[:, None], 0.0)
-            few = tl.arange(0, BM)
-            few_mask = (few < GROUP)[:, None] & (dims < D)[None, :]
-            few_offsets = few[:, None] * D + dims[None, :]
-            tl.store(out_ptr + few_offsets, result.to(out_ptr.dtype.element_ty), mask=few_mask)
-            tl.store(counter_ptr, 0)
-
-
-@triton.jit
-def _count_token(state_ptr, valid_ptr, batch, ROWS: tl.constexpr, HAS_VALID: tl.constexpr):
-    """One more slot, and one more token in each row that has a new one."""
-    rows = tl.arange(0, ROWS)
-    exists = rows < batch
-    added = tl.full([ROWS], 1, tl.int32)
+def _read(state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr, HAS_VALID: tl.constexpr):
+    """Length, table entries and validity of every row, and the slots before; all on their way at once."""
+    all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
+    slots_before = tl.load(state_ptr)
+    table = heads_ptr + (rows % KV_HEADS) * 4
+    all_recent = tl.load(table, mask=exists, other=0)
+    all_sinks = tl.load(table + 1, mask=exists, other=0)
+    all_windows = tl.load(table + 2, mask=exists, other=1)
+    all_places = tl.load(table + 3, mask=exists, other=0)
+    all_valid = exists
     if HAS_VALID:
-        added = (tl.load(valid_ptr + rows, mask=exists, other=0) != 0).to(tl.int32)
-    lengths = tl.load(state_ptr + 1 + rows, mask=exists, other=0)
-    tl.store(state_ptr + 1 + rows, lengths + added, mask=exists)
-    tl.store(state_ptr, tl.load(state_ptr) + 1)
+        all_valid = tl.load(valid_ptr + rows // KV_HEADS, mask=exists, other=0) != 0
+    return all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before
+
+
+@triton.jit
+def _new_slot(length, recent, sinks, linear, capacity, count, BN: tl.constexpr):
+    """Where the new token goes, whether it stays, and the block it goes with."""
+    turned = sinks + (length - sinks) % tl.maximum(recent, 1)
+    pushes = (~linear) & (length >= recent + sinks)
+    slot = tl.where(pushes, turned, length)
+    stays = tl.where(linear, length < capacity, (recent > 0) | (length < sinks))
+    return slot, stays, tl.where(pushes & stays, slot // BN, count - 1)
+
+
+@triton.jit
+def _share(all_units, MIN_SHARE: tl.constexpr):
+    """First unit of this program, the end of its units, and how they are shared out, see `_holder`."""
+    pid = tl.program_id(0)
+    even = all_units // tl.num_programs(0)
+    share = tl.maximum(even, MIN_SHARE)
+    extra = tl.where(even < MIN_SHARE, 0, all_units - even * tl.num_programs(0))
+    unit = pid * share + tl.minimum(pid, extra)
+    return unit, tl.minimum(unit + share + (pid < extra).to(tl.int32), all_units), share, extra
+
+
+@triton.jit
+def _holder(unit, share, extra):
+    """The program that has a unit of the work: the first `extra` of them have share + 1 units, the others share."""
+    return tl.maximum(unit // (share + 1), (unit - extra) // share)
 
 
 @triton.jit(do_not_specialize=["capacity", "ring_slots", "num_linear", "num_rows", "num_dense_rows", "max_distance"])
@@ -238,96 +221,97 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     capacity, ring_slots, num_linear, num_rows, num_dense_rows, max_distance, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, MERGED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr, AHEAD: tl.constexpr,
+    MERGED: tl.constexpr, BM: tl.constexpr,
     HAS_VALID: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
-    `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1]` are 0 before and after. `scale` includes
-    log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch.
+    `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale`
+    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: see `early`.
     """
-    pid = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
     programs = tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows
-    all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
-    table = heads_ptr + (rows % KV_HEADS) * 4
-    all_recent = tl.load(table, mask=exists, other=0)
-    all_sinks = tl.load(table + 1, mask=exists, other=0)
-    all_windows = tl.load(table + 2, mask=exists, other=1)
-    all_places = tl.load(table + 3, mask=exists, other=0)
+    all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before = _read(
+        state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS, HAS_VALID
+    )
     _all_sinks, _all_firsts, counts, _all_lows = _blocks(
         all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN
     )
-    counts = tl.where(exists, counts, 0)
-    ends = tl.cumsum(counts, 0)
-    all_blocks = tl.sum(counts, 0)
-    # Said once the lengths are here, which no program reads again, and asked for at the end. The sum is never negative,
-    # but has to be known before the addition.
-    done = tl.atomic_add(counters_ptr + num_rows, tl.where(all_blocks < 0, 0, 1), sem="relaxed")
-    share = tl.maximum((all_blocks + programs - 1) // programs, MIN_SHARE)
-    block = pid * share
-    stop = tl.minimum(block + share, all_blocks)
+    # A head's first units of work are none: they stand for what beginning with a head takes.
+    units = tl.where(exists, counts + HEAD_COST, 0)
+    ends = tl.cumsum(units, 0)
+    all_units = tl.sum(units, 0)
+    unit, stop, share, extra = _share(all_units, MIN_SHARE)
     g = tl.arange(0, BG)
     dims = tl.arange(0, BD)
     in_dims = dims < D
     q_mask = (g < GROUP)[:, None] & in_dims[None, :]
     row_slots = ring_slots + num_linear.to(tl.int64) * capacity
-    while block < stop:
-        row = tl.sum((ends <= block).to(tl.int32), 0)
-        end = _pick(ends, rows, row)
-        count = _pick(counts, rows, row)
-        begin = end - count
-        first = block - begin
-        last = tl.minimum(count, stop - begin)
-        b = (row // KV_HEADS).to(tl.int64)
-        head = row % KV_HEADS
-        length = _pick(all_lengths, rows, row)
-        recent = _pick(all_recent, rows, row)
-        sinks = _pick(all_sinks, rows, row)
-        window = _pick(all_windows, rows, row)
-        place = _pick(all_places, rows, row).to(tl.int64)
+    done = tl.full([], -1, tl.int32)
+    while unit < stop:
+        here = (unit < ends) & (unit >= ends - units)
+        row = _pick(rows, here)
+        end = _pick(ends, here)
+        length = _pick(all_lengths, here)
+        recent = _pick(all_recent, here)
+        sinks = _pick(all_sinks, here)
+        window = _pick(all_windows, here)
+        place = _pick(all_places, here).to(tl.int64)
         linear = recent < 0
-        sink_blocks, low_block, _blocks_again, low = _blocks(length, recent, sinks, window, num_dense_rows, BN)
-        stored = tl.minimum(length, tl.where(linear, capacity, recent + sinks))
-        base = b * row_slots + tl.where(linear, ring_slots + place * capacity, place)
-        heads = head * GROUP + g
-        q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + dims[None, :], mask=q_mask, other=0.0)
-        # The new token goes with the block whose slot it takes, which nobody else reads, or else with the last one.
-        turned = sinks + (length - sinks) % tl.maximum(recent, 1)
-        pushes = (~linear) & (length >= recent + sinks)
-        new_slot = tl.where(pushes, turned, length)
-        stays = tl.where(linear, length < capacity, (recent > 0) | (length < sinks))
-        owner = tl.where(pushes & stays, new_slot // BN, count - 1)
-        owned = (owner >= first) & (owner < last)
-        new = in_dims & owned
-        k_new = tl.load(k_ptr + b * stride_kb + head.to(tl.int64) * stride_kh + dims, mask=new, other=0.0)
-        v_new = tl.load(v_ptr + b * stride_vb + head.to(tl.int64) * stride_vh + dims, mask=new, other=0.0)
-        top, total, acc = _attend_blocks(
-            q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last, sink_blocks, low_block,
-            length, stored, low, sinks, linear, max_distance, scale,
-            BG, D, BD, BN, QUANTIZED, PRECISION, STAGES,
-        )  # fmt: skip
-        is_valid = length >= 0
-        if HAS_VALID:
-            is_valid = tl.load(valid_ptr + b) != 0
-        if owned:
-            top, total, acc = _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale)
-            if is_valid & stays:
-                _store_new(
-                    k_new, v_new, base + new_slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
-                    D, BD, QUANTIZED, ROUNDS, LARGEST,
-                )  # fmt: skip
+        sink_blocks, low_block, count, low = _blocks(length, recent, sinks, window, num_dense_rows, BN)
+        begin = end - count  # of its blocks among the units
+        first = tl.maximum(unit - begin, 0)
+        last = tl.minimum(end, stop) - begin
+        if first < last:
+            stored = tl.minimum(length, tl.where(linear, capacity, recent + sinks))
+            b = (row // KV_HEADS).to(tl.int64)
+            head = row % KV_HEADS
+            base = b * row_slots + tl.where(linear, ring_slots + place * capacity, place)
+            clear = tl.where((low > 0) | (max_distance < LARGEST_DISTANCE), 0, stored // BN)
+            last_clear = tl.minimum(tl.maximum(clear, first), last)
+            if AHEAD:
+                # While queries are on their way.
+                if first < last_clear:
+                    _fetch_blocks(keys_ptr, values_ptr, base, first, last_clear, D, BD, BN, AHEAD)
+            heads = head * GROUP + g
+            q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + dims[None, :], mask=q_mask, other=0.0)
+            # The new token goes with the block whose slot it takes, which nobody else reads, or else with the last one.
+            new_slot, stays, owner = _new_slot(length, recent, sinks, linear, capacity, count, BN)
+            owned = (owner >= first) & (owner < last)
+            new = in_dims & owned
+            k_new = tl.load(k_ptr + b * stride_kb + head.to(tl.int64) * stride_kh + dims, mask=new, other=0.0)
+            v_new = tl.load(v_ptr + b * stride_vb + head.to(tl.int64) * stride_vh + dims, mask=new, other=0.0)
+            top, total, acc = _attend_blocks(
+                q, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr, base, first, last_clear, last,
+                sink_blocks, low_block, length, stored, low, sinks, linear, max_distance, scale,
+                BG, D, BD, BN, QUANTIZED, PRECISION, STAGES,
+            )  # fmt: skip
+            is_valid = _pick(all_valid.to(tl.int32), here) != 0
+            if owned:
+                top, total, acc = _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale)
+                if is_valid & stays:
+                    _store_new(
+                        k_new, v_new, base + new_slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
+                        D, BD, QUANTIZED, ROUNDS, LARGEST,
+                    )  # fmt: skip
 
-        # Where a linear head has no room left, nothing right can follow: no silent number.
-        total = tl.where(linear & (length > capacity), float("nan"), total)
-        _leave(
-            top, total, acc, out_ptr + (b * KV_HEADS + head) * (GROUP * D), acc_ptr, stat_ptr, counters_ptr + row,
-            is_valid, begin // share, (end - 1) // share, GROUP, BG, BM, D, BD, MERGED,
-        )  # fmt: skip
-        block = begin + last
+            # Where a linear head has no room left, nothing right can follow: no silent number.
+            total = tl.where(linear & (length > capacity), float("nan"), total)
+            done = leave(
+                top, total, acc, out_ptr + (b * KV_HEADS + head) * (GROUP * D), acc_ptr, stat_ptr, counters_ptr,
+                row, num_rows, is_valid, _holder(begin, share, extra), _holder(end - 1, share, extra), end >= stop,
+                GROUP, BG, BM, D, BD, MERGED,
+            )  # fmt: skip
+        unit = end
 
+    if done < 0:
+        done = tl.atomic_add(counters_ptr + num_rows, 1, sem="relaxed")
     if done == programs - 1:
+        # All have read the lengths.
         tl.store(counters_ptr + num_rows, 0)
-        _count_token(state_ptr, valid_ptr, num_rows // KV_HEADS, ROWS, HAS_VALID)
+        _count_token(state_ptr, slots_before, all_lengths, all_valid, rows, exists, KV_HEADS)

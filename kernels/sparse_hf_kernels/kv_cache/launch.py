@@ -29,7 +29,10 @@ class DecodeConfig:
         num_warps, num_stages: of the launch; stages of loads in flight.
         programs: per multiprocessor.
         min_share: blocks that a program takes at least, so that short contexts need no merge.
-        merged_bytes: of the parts that are merged at once.
+        head_cost: blocks that a program could read in the time that beginning with another head takes.
+        ahead: blocks that a program asks for before its queries are there, a power of two; 0: none.
+        merged_bytes: of the parts of a head that are on their way at once when they are merged.
+        early: launch while the kernel before it ends (compute capability 9.0).
     """
 
     block: int
@@ -37,7 +40,10 @@ class DecodeConfig:
     num_stages: int = 3
     programs: int = 2
     min_share: int = 1
-    merged_bytes: int = 65536
+    head_cost: int = 2
+    ahead: int = 2
+    merged_bytes: int = 32768
+    early: bool = False
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
@@ -66,10 +72,10 @@ class Workspace:
     def __init__(self, device: torch.device, rows: int, group: int, head_dim: int, programs: int) -> None:
         self.parts = torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(programs, 2, 2, group, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(rows + 1 + 2 * programs, dtype=torch.int32, device=device)
 
     def fits(self, rows: int, group: int, head_dim: int, programs: int) -> bool:
-        return self.counters.shape[0] == rows + 1 and self.parts.shape == (programs, 2, group, head_dim)
+        return self.counters.shape[0] == rows + 1 + 2 * programs and self.parts.shape == (programs, 2, group, head_dim)
 
 
 def quantized_options(kv_dtype: KVDtype | None) -> dict[str, Any]:
@@ -93,14 +99,18 @@ def decode_options(
         "BN": config.block,
         "ROWS": triton.next_power_of_2(batch * num_kv_heads),
         "MIN_SHARE": config.min_share,
+        "HEAD_COST": config.head_cost,
+        "AHEAD": 0 if storage.keys.device.type == "cpu" else config.ahead,  # the interpreter knows no such instruction
         "MERGED": max(1, config.merged_bytes // (4 * triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))),
         "BM": triton.next_power_of_2(group),
         "HAS_VALID": valid,
         **quantized_options(storage.kv_dtype),
         "STAGES": config.num_stages,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "EARLY": config.early,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **({"launch_pdl": True} if config.early else {}),
     }
 
 

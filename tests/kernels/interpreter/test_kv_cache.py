@@ -17,6 +17,7 @@ from sparse_hf_kernels.kv_cache import (
     StorageLayout,
     decode_attention,
     kernels_refuse,
+    launch,
     store_tokens,
 )
 
@@ -159,3 +160,32 @@ def test_a_linear_head_without_room(new_tokens: Callable) -> None:
         kept = storage.keys[:, layout.ring_slots :]
         assert torch.equal(kept, linear) == (step >= 1), "slots of other heads and rows stay what they are"
     assert storage.state.tolist() == [23] * 3
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(
+    ("programs", "config"),
+    [
+        (8, {"merged_bytes": 1}),
+        (13, {"merged_bytes": 2048, "head_cost": 3}),
+        (37, {"merged_bytes": 1024, "head_cost": 0, "min_share": 2}),
+        (90, {"merged_bytes": 2048}),
+        (1, {}),
+    ],
+    ids=str,
+)
+def test_shares_of_any_size(
+    programs: int, config: dict[str, int], monkeypatch: pytest.MonkeyPatch, kv_history: Any, new_tokens: Callable
+) -> None:
+    """Heads spread over many programs, merged at once or by groups whose ends lie anywhere; programs without work."""
+    monkeypatch.setattr(launch, "num_programs", lambda *_: programs)
+    monkeypatch.setattr(launch, "decode_config", lambda *_: launch.DecodeConfig(block=16, **config))
+    twins = Twins(FAR, 2, 24, torch.float32, None, kv_history)
+    real = torch.rand(2, 610) > 0.2
+    real[0] = True
+    twins.store(*new_tokens(2, 2, 610, 24, torch.float32), real)
+    for step in range(2):
+        valid = None if step == 0 else torch.tensor([True, False])
+        out, expected = twins.step(*new_tokens(2, 2, 1, 24, torch.float32, 3), valid, 24**-0.5)
+        torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
+        twins.assert_same_storage()
