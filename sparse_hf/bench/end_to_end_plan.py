@@ -93,7 +93,7 @@ class EndToEndOptions(ModelOptions):
 
     @property
     def budget_ms(self) -> float:
-        return 500.0 if self.quick else 4000.0
+        return 500.0 if self.quick else 1000.0
 
     def configs(self) -> dict[str, SparseConfig]:
         return {name: METHODS[name](self.num_layers, self.num_kv_heads) for name in self.methods or METHODS}

@@ -53,7 +53,7 @@ def _merge(
     """The parts of programs `begin`, `begin + step`, ... up to `end`, of a row that begins in program `first`, summed
     in that order: maximum and sum of weights `[BM]`, weighted values `[BM, BD]`.
 
-    MERGED of them are on their way at a time. A thread sums what it loads itself: none waits for another.
+    MERGED of them are on their way at a time.
     """
     g = tl.arange(0, BM)
     dims = tl.arange(0, BD)
@@ -63,23 +63,21 @@ def _merge(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     for part in tl.range(begin, end + 1, step * MERGED, num_stages=1):
-        new_top = top
-        for i in tl.static_range(MERGED):
-            stats = stat_ptr + _place(part + i * step, first) * (2 * GROUP) + g
-            known = (g < GROUP) & (part + i * step <= end)
-            new_top = tl.maximum(new_top, tl.load(stats, mask=known, other=NEVER))
+        parts = part + tl.arange(0, MERGED) * step
+        real = parts <= end
+        places = _place(parts, first)
+        known = real[:, None] & (g < GROUP)[None, :]
+        stats = stat_ptr + places[:, None] * (2 * GROUP) + g[None, :]
+        part_top = tl.load(stats, mask=known, other=NEVER, cache_modifier=".cg")
+        part_total = tl.load(stats + GROUP, mask=known, other=0.0, cache_modifier=".cg")
+        spots = acc_ptr + places[:, None, None] * (GROUP * D) + offsets[None]
+        part_acc = tl.load(spots, mask=real[:, None, None] & fits[None], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(part_top, 0))
+        weights = tl.exp2(part_top - new_top[None, :])
         old = tl.exp2(top - new_top)
-        total *= old
-        acc *= old[:, None]
+        total = total * old + tl.sum(part_total * weights, 0)
+        acc = acc * old[:, None] + tl.sum(part_acc * weights[:, :, None], 0)
         top = new_top
-        for i in tl.static_range(MERGED):
-            place = _place(part + i * step, first)
-            real = part + i * step <= end
-            stats = stat_ptr + place * (2 * GROUP) + g
-            weights = tl.exp2(tl.load(stats, mask=(g < GROUP) & real, other=NEVER) - top)
-            total += tl.load(stats + GROUP, mask=(g < GROUP) & real, other=0.0) * weights
-            values = tl.load(acc_ptr + place * (GROUP * D) + offsets, mask=fits & real, other=0.0)
-            acc += values * weights[:, None]
     return top, total, acc
 
 
