@@ -43,6 +43,7 @@ FORMATS = {
     "MiB": ",.1f",
     "%": ".2f",
     "nats/token": ".4f",
+    "setting": ".4g",
 }
 
 ENDS = (" (95% low)", " (95% high)")
