@@ -170,6 +170,11 @@ def test_lines_are_read_from_figures(tmp_path: Path) -> None:
     written = plot_study(figures, tmp_path, "study")
     assert [path.name for path in written] == ["study_masks.png", "study_masks_and_weights.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+    # Drawn against density, which these figures have not: nothing was freed.
+    assert plot_study(cost_figures("masks only, 50% sparse, ours", column, 100.0), tmp_path, "none") == []
+    assert plot_study(cost_figures("masks only, 50% sparse, ours", "density of prefill", 60.0), tmp_path, "some") == [
+        tmp_path / "some_masks.png"
+    ]
     assert plot_study(figures[-5:], tmp_path, "other") == [tmp_path / "other_masks_and_weights.png"]
 
 

@@ -72,7 +72,7 @@ def plot_cost(lines: Mapping[str, Sequence[CostPoint]], path: Path, *, x_label: 
         ]
         worst.errorbar(xs, [point.worst for point in points], yerr=spread, capsize=2, elinewidth=0.7, **style)
         loss.plot(xs, [point.loss for point in points], **style)
-    worst.set_ylabel("worst task: exact match, change from dense [95%]")
+    worst.set_ylabel("worst task: change of exact match [95%]")
     loss.set_ylabel("increase of the loss on held text, %")
     for axes in (worst, loss):
         axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")

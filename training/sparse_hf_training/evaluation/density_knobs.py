@@ -6,14 +6,13 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 
 from sparse_hf.methods import BigBird, FlexPrefill, Method, MInference, Streaming, Triangle, XAttention
+from sparse_hf.methods.minference import NUM_NEAR_DIAGONALS
 
 MAX_STEPS = 7
 """Densities that a search asks for at most, besides those of the knob's two ends."""
 LEAST_STEP = 0.1
 """Share of what lies between the nearest positions that a step takes off at least."""
 LEAST_WINDOW = 16
-LEAST_SHARE = 1 / 64
-"""Of MInference's default sizes: about the columns and diagonals that it keeps in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +34,20 @@ def density_knobs(seq_len: int) -> dict[str, Knob]:
     """The methods that have such a parameter, by the names that tables use, for sequences of `seq_len` tokens.
 
     Positions are so spread that density grows about evenly over them: shares of attention finely near 1, sizes by
-    factors. `minference` scales its numbers of columns and diagonals together, in the proportion of its defaults;
-    `flexprefill` keeps no minimum but a block, which is what 10% of 8K tokens need.
+    factors. `minference` has columns in proportion to its diagonals, as in its defaults; `flexprefill` keeps no minimum
+    but a block, since its default alone is more than 10% of 8K tokens.
 
     Raises:
         ValueError: if `seq_len` is too short for a range of windows.
     """
     if seq_len < 2 * LEAST_WINDOW:
         raise ValueError(f"densities need sequences of {2 * LEAST_WINDOW} tokens or more, got {seq_len}")
-    flex, slash, blocks, bird = FlexPrefill(), MInference(), MInference(kind="block_sparse"), BigBird()
-    num_blocks = -(-seq_len // blocks.block_size)
+    default = MInference()
+    num_blocks = -(-seq_len // default.block_size)
 
-    def scaled(share: float) -> MInference:
-        sizes = {name: max(1, round(share * getattr(slash, name))) for name in ("vertical_size", "slash_size")}
-        return MInference(**sizes)
+    def diagonals(number: float) -> MInference:
+        columns = round(number * default.vertical_size / default.slash_size)
+        return MInference(slash_size=int(number), vertical_size=max(1, columns))
 
     windows = _whole(_by_factors(LEAST_WINDOW, seq_len))
     return {
@@ -56,13 +55,13 @@ def density_knobs(seq_len: int) -> dict[str, Knob]:
         "flexprefill": Knob(
             name="gamma",
             setting=_near_one,
-            method=lambda share: FlexPrefill(gamma=share, min_budget=flex.block_size),
+            method=lambda share: FlexPrefill(gamma=share, min_budget=default.block_size),
         ),
         "minference": Knob(
-            name="share of the default sizes",
-            # At the upper end every diagonal is taken.
-            setting=_by_factors(LEAST_SHARE, max(1.0, seq_len / slash.slash_size)),
-            method=scaled,
+            name="slash_size",
+            # From the diagonals that it keeps in any case to all of them.
+            setting=_whole(_by_factors(NUM_NEAR_DIAGONALS, max(seq_len, 2 * NUM_NEAR_DIAGONALS))),
+            method=diagonals,
         ),
         "minference-block-sparse": Knob(
             name="top_k",
@@ -76,7 +75,7 @@ def density_knobs(seq_len: int) -> dict[str, Knob]:
         "bigbird": Knob(
             name="num_random_blocks",
             # Half of the blocks are three quarters of the pairs; drawing them takes time as their square.
-            setting=_whole(_by_factors(1, max(2, seq_len // bird.block_size // 2))),
+            setting=_whole(_by_factors(1, max(2, seq_len // BigBird().block_size // 2))),
             method=lambda number: BigBird(num_random_blocks=int(number)),
         ),
     }
