@@ -57,13 +57,13 @@ def plain_knob(setting: Any = lambda position: position) -> Knob:
     return Knob(name="share", setting=setting, method=lambda share: Streaming())
 
 
-@pytest.mark.parametrize("power", [1, 2, 5, 0.3])
+@pytest.mark.parametrize("power", [0.5, 1, 2, 5, 8])
 def test_the_search_meets_its_targets_in_few_steps(power: float) -> None:
     density, known = Counted(lambda share: 0.05 + 0.9 * share**power), dict[float, float]()
     for target in (0.1, 0.2, 0.3, 0.5):
         before = len(density.asked)
         position = find_position(plain_knob(), target, density, known, close=0.002)
-        assert known[position] == density.density(position) and abs(known[position] - target) < 0.02
+        assert known[position] == density.density(position) and abs(known[position] - target) < 0.005
         assert len(density.asked) - before <= MAX_STEPS + (2 if target == 0.1 else 0), "the ends are measured once"
     assert density.asked[:2] == [0.0, 1.0] and len(set(density.asked)) == len(density.asked) == len(known)
 

@@ -10,8 +10,8 @@ from sparse_hf.methods.minference import NUM_NEAR_DIAGONALS
 
 MAX_STEPS = 7
 """Densities that a search asks for at most, besides those of the knob's two ends."""
-LEAST_STEP = 0.1
-"""Share of what lies between the nearest positions that a step takes off at least."""
+LEAST_STEP = 0.25
+"""A step lies no closer, as a share, to either of the positions between which it is."""
 LEAST_WINDOW = 16
 
 
@@ -22,7 +22,7 @@ class Knob:
     Args:
         name: of the parameter.
         setting: its value at a position from 0, where the method reads least, to 1.
-        method: the method at a setting; its other parameters are the defaults.
+        method: the method at a setting; its other parameters stay as they are.
     """
 
     name: str
