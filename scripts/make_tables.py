@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "docs/methods.md",
+    "docs/quality.md",
     "docs/training.md",
     "docs/inference.md",
     "docs/benchmarks/README.md",
@@ -43,6 +44,8 @@ FORMATS = {
     "MiB": ",.1f",
     "%": ".2f",
     "nats/token": ".4f",
+    "count": ",.0f",
+    "setting": ".4g",
 }
 
 ENDS = (" (95% low)", " (95% high)")

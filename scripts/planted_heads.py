@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparse_hf.figures import Figure, write_figures
+from sparse_hf.figures import Figure, command_line, write_figures
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
 from sparse_hf.progress import progress_bar
+from sparse_hf_training.evaluation.script_options import names
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.planted import (
     average_precision,
@@ -35,10 +36,6 @@ FILE = "planted_heads.json"
 SEQ_LEN = 320
 BRANCH = Streaming(num_sink_tokens=4, window_size=32)
 TASK = CopySpanTask(num_tokens=8, cue_tokens=2)
-
-
-def names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 masks = round_scores(scores, sparsity)
                 found.setdefault(name, []).append((*precision_recall(masks, truth), average_precision(scores, truth)))
                 progress.advance(bar)
-            write_figures(options.out / FILE, figures(found), command=command(arguments))
+            write_figures(
+                options.out / FILE, figures(found), command=command_line("python scripts/planted_heads.py", arguments)
+            )
     for figure in figures(found):
         console.print(f"{figure.case}: {figure.value:.3f}", highlight=False)
 
@@ -103,11 +102,6 @@ def figures(found: dict[str, list[tuple[float, float, float]]]) -> list[Figure]:
         for name, values in found.items()
         for n, column in enumerate(columns)
     ]
-
-
-def command(arguments: Sequence[str]) -> str:
-    """The line that repeats it; where files lie on the machine that measured is nobody's business."""
-    return " ".join(["python scripts/planted_heads.py", *(Path(w).name if "/" in w else w for w in arguments)])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python scripts/quality_study.py --out docs/benchmarks --budget-minutes 20
     python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 256 --out DIR
 
-Writes FILE.json after every unit and keeps each measured cell under --cells, so that the same line goes on where it
-stopped. On the shipped 4M model and books by default. .txt and .jsonl texts need no `datasets`.
+Writes NAME.json after every unit, a plot of each stage at the end (NAME_masks.png), and keeps each measured cell under
+--cells, so that the same line goes on where it stopped. On the shipped 4M model and books by default. .txt and .jsonl
+texts need no `datasets`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparse_hf.calibrate.text import CalibrationText
-from sparse_hf.figures import write_figures
+from sparse_hf.figures import Figure, command_line, write_figures
 from sparse_hf.methods import Method, Streaming, Triangle, XAttention
+from sparse_hf.plots import has_matplotlib
 from sparse_hf.progress import progress_bar
 from sparse_hf_training.data import PackedTextDataset, pack_documents, text_documents
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, WINDOW_SIZE
 from sparse_hf_training.evaluation.command import parse_tasks
 from sparse_hf_training.evaluation.lab import Lab, check_length
+from sparse_hf_training.evaluation.script_options import names, shares
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.charts import plot_study
 from sparse_hf_training.study.figures import study_figures
 from sparse_hf_training.study.side_by_side import run_side_by_side
 from sparse_hf_training.study.study import Plan, Study, Unit
@@ -38,14 +42,6 @@ from sparse_hf_training.tasks import Filler
 BRANCHES = ("streaming", "triangle", "xattention")
 TASKS = "needle,key_value,chain,niah_multikey_2,two_turns"
 TRAIN_TASKS = "needle,key_value,chain"
-
-
-def names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def shares(text: str) -> tuple[float, ...]:
-    return tuple(float(part) / 100 for part in names(text))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -77,12 +73,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="forget cells of other settings")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
     return parser.parse_args(arguments)
-
-
-def command(arguments: Sequence[str]) -> str:
-    """The line that repeats the study; where files lie on the machine that measured is nobody's business."""
-    shown = [Path(word).name if "/" in word else word for word in arguments]
-    return " ".join(["python scripts/quality_study.py", *shown])
 
 
 def branch(options: argparse.Namespace) -> Method:
@@ -146,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
+    figures: list[Figure] = []
     dense: VariantResult | None = None
     console = Console(stderr=True)
     total = len(list(study.plan.units()))
@@ -168,11 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.advance(bar)
             # A study that is cut short leaves what it measured.
             figures = study_figures(dense, {unit: found[unit] for unit in study.plan.units() if unit in found})
-            write_figures(options.out / f"{options.name}.json", figures, command=command(arguments))
-            shares = ", ".join(f"{task.task} {task.share:.2f}" for task in result.tasks)
-            console.print(f"{unit.variant}: {shares}, loss {result.text.mean:.4f}", highlight=False)
+            write_figures(
+                options.out / f"{options.name}.json",
+                figures,
+                command=command_line("python scripts/quality_study.py", arguments),
+            )
+            recall = ", ".join(f"{task.task} {task.share:.2f}" for task in result.tasks)
+            console.print(f"{unit.variant}: {recall}, loss {result.text.mean:.4f}", highlight=False)
     if len(found) < total:
         console.print(f"time is up after {len(found)} of {total} units; the same line goes on")
+    if has_matplotlib():
+        plot_study(figures, options.out, options.name)
+    else:
+        console.print('no plots: they need matplotlib; pip install "sparse-hf[train]", and the same line draws them')
 
 
 if __name__ == "__main__":

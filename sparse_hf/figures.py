@@ -58,6 +58,11 @@ def replace_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """The line that repeats a run; where files lie on the machine that measured is nobody's business."""
+    return " ".join([program, *(Path(word).name if "/" in word else word for word in arguments)])
+
+
 def hardware() -> str:
     """The device that computes: the GPU's name, or the CPU's architecture and core count."""
     if torch.cuda.is_available():

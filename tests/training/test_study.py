@@ -227,6 +227,8 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     assert len(asked) == 6
     rows = json.loads(file.read_text())
     assert all(set(row) == figure_keys for row in rows)
+    plots = sorted(path.name for path in file.parent.glob("*.png"))
+    assert plots == ["quality_study_masks.png", "quality_study_masks_and_weights.png"]
     assert str(tmp_path) not in file.read_text() and rows[0]["command"].startswith("python scripts/quality_study.py")
     values = {row["case"]: row["value"] for row in rows}
     held = [values[f"masks only, 50% sparse, {name}: KV bytes, of dense"] for name in ("ours", "uniform_window")]

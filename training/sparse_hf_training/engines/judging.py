@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparse_hf.patching import dense
 from sparse_hf_training.evaluation import Judge, Judgement
-from sparse_hf_training.evaluation.recall import RecallResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +34,7 @@ class JudgeDenseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step and self.file.is_file():
-            self.judgement = _read(self.file)
+            self.judgement = Judgement.from_dict(json.loads(self.file.read_text(encoding="utf-8")))
             return
         model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
@@ -46,10 +44,3 @@ class JudgeDenseCallback(TrainerCallback):
         model.train(training)
         if args.should_save:
             self.file.write_text(json.dumps(self.judgement.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _read(file: Path) -> Judgement:
-    values = json.loads(file.read_text(encoding="utf-8"))
-    names = [field.name for field in fields(RecallResult)]
-    recall = tuple(RecallResult(**{name: result[name] for name in names}) for result in values["recall"])
-    return Judgement(text_loss=values["text_loss"], recall=recall)

@@ -22,7 +22,7 @@ def pareto_chart(comparison: Comparison) -> str:
     points = comparison.points
     names = [report.name for report in comparison.reports]
     for point in sorted(points, key=lambda point: names.index(point.name)):
-        style = {"linestyle": "", "capsize": 3, "label": point.name, **_style(names.index(point.name))}
+        style = {"linestyle": "", "capsize": 3, "label": point.name, **series_style(names.index(point.name))}
         x = 100 * point.kv_share
         for axes, scale, (value, (low, high)) in ((recall, 1, point.recall), (loss, 100, point.loss)):
             spread = [[scale * (value - low)], [scale * (high - value)]]
@@ -53,7 +53,7 @@ def tasks_chart(comparison: Comparison) -> str:
         ends = [found[task].interval for task in tasks]
         spread = [[c - low for c, (low, _) in zip(changes, ends, strict=True)]]
         spread.append([high - c for c, (_, high) in zip(changes, ends, strict=True)])
-        axes.errorbar(changes, places, xerr=spread, linestyle="", capsize=2, label=report.name, **_style(number))
+        axes.errorbar(changes, places, xerr=spread, linestyle="", capsize=2, label=report.name, **series_style(number))
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
     axes.set_ylim(len(tasks) - 0.4, -0.6)
@@ -101,7 +101,7 @@ def memory_chart(comparison: Comparison) -> str:
     return _svg(figure, "memory")
 
 
-def _style(number: int) -> dict[str, str]:
+def series_style(number: int) -> dict[str, str]:
     """Marker and colour of a run, the same in all charts."""
     return {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}"}
 

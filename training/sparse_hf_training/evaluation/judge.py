@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,15 @@ class Judgement:
         """The task with the lowest exact match."""
         return min(self.recall, key=lambda result: result.exact_match)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"text_loss": self.text_loss, "recall": [result.to_dict() for result in self.recall]}
+    def to_dict(self, *, with_samples: bool = False) -> dict[str, Any]:
+        """JSON-plain; recall sample by sample on demand."""
+        recall = [result.to_dict(with_samples=with_samples) for result in self.recall]
+        return {"text_loss": self.text_loss, "recall": recall}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Judgement:
+        recall = tuple(RecallResult.from_dict(result) for result in values["recall"])
+        return cls(text_loss=values["text_loss"], recall=recall)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ when greedy decoding would write the answers, since all paths of a sparse model 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,19 +26,29 @@ class RecallResult:
         num_samples: judged.
         num_exact: samples answered word for word.
         seq_len: tokens of each sample.
+        exact: sample by sample; None where the counts alone were kept.
     """
 
     task: str
     num_samples: int
     num_exact: int
     seq_len: int
+    exact: tuple[bool, ...] | None = field(default=None, repr=False)
 
     @property
     def exact_match(self) -> float:
         return self.num_exact / self.num_samples
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "exact_match": self.exact_match}
+    def to_dict(self, *, with_samples: bool = False) -> dict[str, Any]:
+        """JSON-plain; the outcomes sample by sample on demand."""
+        values = {**asdict(self), "exact_match": self.exact_match}
+        return values if with_samples else {name: value for name, value in values.items() if name != "exact"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecallResult:
+        counts = {name: values[name] for name in ("task", "num_samples", "num_exact", "seq_len")}
+        exact = values.get("exact")
+        return cls(**counts, exact=None if exact is None else tuple(exact))
 
 
 def recall_samples(
@@ -87,27 +97,35 @@ def evaluate_recall(
     try:
         results = []
         for task in tasks:
-            exact = 0
+            exact: list[bool] = []
             samples = recall_samples(task, filler, tokenizer, seq_len, num_samples, seed)
             for start in range(0, num_samples, batch_size):
                 batch = samples[start : start + batch_size]
-                exact += _count_exact(model, batch)
+                exact += _answered(model, batch)
                 if progress is not None:
                     for _ in batch:
                         progress()
-            results.append(RecallResult(task=task.name, num_samples=num_samples, num_exact=exact, seq_len=seq_len))
+            results.append(
+                RecallResult(
+                    task=task.name,
+                    num_samples=num_samples,
+                    num_exact=sum(exact),
+                    seq_len=seq_len,
+                    exact=tuple(exact),
+                )
+            )
         return results
     finally:
         model.train(was_training)
 
 
-def _count_exact(model: PreTrainedModel, samples: Sequence[RecallSample]) -> int:
-    """How many samples of one length are answered word for word."""
+def _answered(model: PreTrainedModel, samples: Sequence[RecallSample]) -> list[bool]:
+    """Whether each of some samples of one length is answered word for word."""
     ids = torch.tensor([sample.input_ids for sample in samples], device=model.device)
     # Logits are formed from just before the first answer on.
     first = min(start for sample in samples for start, _ in sample.answer_spans) - 1
     chosen = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits.argmax(-1)
-    return sum(
+    return [
         all(torch.equal(row[start - 1 - first : end - 1 - first], own[start:end]) for start, end in sample.answer_spans)
         for sample, row, own in zip(samples, chosen.cpu(), ids.cpu(), strict=True)
-    )
+    ]

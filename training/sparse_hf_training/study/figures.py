@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparse_hf.figures import Figure
-from sparse_hf_training.evaluation.report import MIN_DENSE
-from sparse_hf_training.evaluation.statistics import paired_difference_interval, wilson_interval
-from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
+from sparse_hf_training.evaluation.variant import VariantResult
+from sparse_hf_training.evaluation.worst_task import answered_by_dense, recall_figures
 from sparse_hf_training.study.study import Unit, pooled
 
 STAGE_TITLES = {"masks": "masks only", "masks_and_weights": "masks and weights"}
@@ -23,47 +22,34 @@ def study_figures(dense: VariantResult, found: Mapping[Unit, VariantResult]) -> 
     Raises:
         ValueError: if dense fails every task.
     """
-    tasks = [task for task in dense.tasks if task.share >= MIN_DENSE]
-    if not tasks:
-        raise ValueError(
-            f"the dense model answers no task in {MIN_DENSE:.0%} of the samples: there is nothing to study"
-        )
+    names = answered_by_dense(pooled([dense]))
     groups: dict[tuple[str, float, str], list[VariantResult]] = {}
     for unit, result in found.items():
         groups.setdefault((unit.stage, unit.head_sparsity, unit.recipe), []).append(result)
     figures: list[Figure] = []
     for (stage, sparsity, recipe), results in groups.items():
         title = f"{STAGE_TITLES[stage]}, {100 * sparsity:g}% sparse, {recipe}"
-        figures += _recipe_figures(title, dense, results, [task.task for task in tasks])
+        figures += _recipe_figures(title, dense, results, names)
     return figures
 
 
 def _recipe_figures(
     title: str, dense: VariantResult, results: Sequence[VariantResult], names: Sequence[str]
 ) -> list[Figure]:
-    base = {task.task: task for task in dense.tasks}
     outcomes = {name: exact for name, exact in pooled(results).items() if name in names}
-    worst = min(names, key=lambda name: sum(outcomes[name]) / len(outcomes[name]) - base[name].share)
-    change = sum(outcomes[worst]) / len(outcomes[worst]) - base[worst].share
-    every = [exact for name in names for exact in outcomes[name]]
-    losses = [result.text.mean / dense.text.mean - 1 for result in results]
-    figures: list[Figure] = []
+    base = {task.task: task for task in dense.tasks if task.task in names}
+    # The same dense samples beside each seed's.
+    figures = recall_figures(title, outcomes, {name: task.exact * len(results) for name, task in base.items()})
 
     def add(column: str, value: float, unit: str, *, lower: bool = False, baseline: float | None = None) -> None:
         figures.append(
             Figure(case=f"{title}: {column}", value=value, unit=unit, lower_is_better=lower, baseline=baseline)
         )
 
-    add("recall", sum(every) / len(every), "share", baseline=sum(base[n].share for n in names) / len(names))
-    for end, value in zip(("low", "high"), wilson_interval(sum(every), len(every)), strict=True):
-        add(f"recall (95% {end})", value, "share")
-    add("worst task, change", change, "share", baseline=0.0)
-    ends = paired_difference_interval(outcomes[worst], base[worst].exact * len(results))
-    for end, value in zip(("low", "high"), ends, strict=True):
-        add(f"worst task, change (95% {end})", value, "share")
-    add("worst task, change, lowest seed", _lowest(results, base, names), "share", baseline=0.0)
-    for name in names:
-        add(f"recall {name}", sum(outcomes[name]) / len(outcomes[name]), "share", baseline=base[name].share)
+    # The largest fall of any task in any seed.
+    lowest = min(task.share - base[task.task].share for result in results for task in result.tasks if task.task in base)
+    add("worst task, change, lowest seed", lowest, "share", baseline=0.0)
+    losses = [result.text.mean / dense.text.mean - 1 for result in results]
     add("loss, increase", 100 * sum(losses) / len(losses), "%", lower=True, baseline=0.0)
     held = [result.footprint.held / dense.footprint.held for result in results]
     add("KV bytes, of dense", 100 * sum(held) / len(held), "%", lower=True, baseline=100.0)
@@ -71,8 +57,3 @@ def _recipe_figures(
     add("density of prefill", 100 * sum(density) / len(density), "%", lower=True, baseline=100.0)
     add("seeds", float(len(results)), "count")
     return figures
-
-
-def _lowest(results: Sequence[VariantResult], base: Mapping[str, TaskOutcome], names: Sequence[str]) -> float:
-    """The largest fall of any task in any seed."""
-    return min(task.share - base[task.task].share for result in results for task in result.tasks if task.task in names)
