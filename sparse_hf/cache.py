@@ -77,6 +77,10 @@ class SparseCache(Cache):
         for layer in self._sparse_layers:
             layer.expected_tokens = num_tokens
 
+    def reset(self) -> None:
+        super().reset()
+        self._stages.clear()
+
     def storages(self) -> list[KVStorage]:
         """Those of the layers that have seen tokens."""
         return [layer.storage for layer in self._sparse_layers if layer.storage is not None]
