@@ -362,7 +362,7 @@ class SparseCacheLayer(CacheLayerMixin):
         store_tokens(parted, keys, values, positions=slot_positions(None, num_tokens, storage.lengths))
         parted.state.copy_(storage.state)
         parted.write_back([0] * parted.batch, num_tokens)
-        self.storage = parted
+        self.storage, self._served = parted, (None, None, False)
 
     def get_seq_length(self) -> Any:
         if self.max_length is None or self.storage is None:

@@ -171,11 +171,13 @@ def test_batch_changes(model: Any, fused: bool, kind: str, change: Callable, row
 
 
 @pytest.mark.parametrize("kind", ["fixed", "growing int8"])
-def test_a_copy_goes_its_own_way(model: Any, kind: str) -> None:
-    ids, ends = ids_of(2, 66), [46, 56, *range(57, 67)]
+@pytest.mark.parametrize("start", [46, 50])
+def test_a_copy_goes_its_own_way(model: Any, fused: bool, kind: str, start: int) -> None:
+    """Of a cache whose heads will part, and of one where they have just done so."""
+    ids, ends = ids_of(2, 70), [start, 56, *range(57, 71)]
     plain, cache = (SparseCache.for_model(model, **CACHES[kind], offload=offload) for offload in (False, True))
-    feed(model, plain, ids, [0, 45, 46])
-    feed(model, cache, ids, [0, 45, 46])
+    for each in (plain, cache):
+        feed(model, each, ids, [0, 44, *range(45, start + 1)])
     other = copy.deepcopy(cache)
     assert stage_of(other) is not stage_of(cache)
     assert sorted(stage_of(other).members.values(), key=id) == sorted(offloaded(other), key=id)
