@@ -19,7 +19,7 @@ from sparse_hf_kernels.kv_cache.side_stream import SideStream
 
 pytestmark = pytest.mark.gpu
 
-VOCAB, HEAD_DIM, LAYERS = 128, 64, 7
+VOCAB, HEAD_DIM, LAYERS = 128, 64, 8
 PIECE = 2 * 2**20
 SLACK = 8 * 2**20  # the allocator counts blocks, which may be 1 MiB larger than a tensor
 CACHES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """An odd number of layers, so that each is in either buffer at every other step; one of them has no full head."""
+    """One layer has no full head; the others are an odd number, so that each takes either buffer in turn."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=512, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=4,
