@@ -10,7 +10,7 @@ from transformers import Cache
 
 from sparse_hf.cache_layer import SparseCacheLayer
 from sparse_hf_kernels import AttentionLayout
-from sparse_hf_kernels.kv_cache import KVDtype, KVStorage
+from sparse_hf_kernels.kv_cache import KVDtype, KVStorage, Stage
 
 
 class SparseCache(Cache):
@@ -27,18 +27,23 @@ class SparseCache(Cache):
         *,
         max_length: int | None = None,
         kv_dtype: KVDtype | None = None,
+        offload: bool = False,
     ) -> None:
         if max_length is not None and max_length <= 0:
             raise ValueError(f"max_length must be positive, got {max_length}")
         scratch: dict[torch.device, Any] = {}
+        self._stages: dict[torch.device, Stage] = {}
+        shared: dict[str, Any] = {"scratch": scratch, "stages": self._stages if offload else None}
         self._sparse_layers = [
-            SparseCacheLayer(layout, per_head, max_length=max_length, kv_dtype=kv_dtype, scratch=scratch)
-            for layout in layouts
+            SparseCacheLayer(layout, per_head, max_length=max_length, kv_dtype=kv_dtype, number=number, **shared)
+            for number, layout in enumerate(layouts)
         ]
         super().__init__(layers=list(self._sparse_layers))
 
     @classmethod
-    def for_model(cls, model: Any, *, max_length: int | None = None, kv_dtype: KVDtype | None = None) -> SparseCache:
+    def for_model(
+        cls, model: Any, *, max_length: int | None = None, kv_dtype: KVDtype | None = None, offload: bool = False
+    ) -> SparseCache:
         """An empty cache that fits a sparsified model.
 
         Args:
@@ -46,6 +51,8 @@ class SparseCache(Cache):
             max_length: tokens of the longest sequence, padding included. All memory is then taken at the first token,
                 nothing moves any more, and decode steps can be captured in a CUDA graph. By default the cache grows.
             kv_dtype: "int8" or "fp8" stores keys and values in 8 bits, with one scale for each token of each head.
+            offload: full heads lie in host memory; a layer's come to the GPU while the layer before it computes. Cannot
+                be captured in a CUDA graph.
 
         Raises:
             ValueError: if the model is not sparsified, or for an unknown `kv_dtype`.
@@ -56,7 +63,8 @@ class SparseCache(Cache):
             raise ValueError(f'kv_dtype must be "int8", "fp8" or None, got {kv_dtype!r}')
         handle = get_handle(model)
         per_head = handle.config.cache_policy == "per_head"
-        return cls([state.layout for state in handle.states], per_head, max_length=max_length, kv_dtype=kv_dtype)
+        layouts = [state.layout for state in handle.states]
+        return cls(layouts, per_head, max_length=max_length, kv_dtype=kv_dtype, offload=offload)
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -69,14 +77,26 @@ class SparseCache(Cache):
         for layer in self._sparse_layers:
             layer.expected_tokens = num_tokens
 
+    def reset(self) -> None:
+        super().reset()
+        self._stages.clear()
+
     def storages(self) -> list[KVStorage]:
         """Those of the layers that have seen tokens."""
         return [layer.storage for layer in self._sparse_layers if layer.storage is not None]
 
     def kv_bytes(self) -> int:
-        """Bytes that hold keys and values now, over all layers."""
+        """Bytes that hold keys and values now, over all layers, on the device or with `offload` on the host."""
         return sum(layer.kv_bytes() for layer in self._sparse_layers)
 
     def allocated_bytes(self) -> int:
-        """Bytes of the tensors' storage: `kv_bytes()`, and the room that full heads have for more; measured."""
-        return sum(layer.allocated_bytes() for layer in self._sparse_layers)
+        """Bytes of the tensors' storage: `kv_bytes()`, and the room that full heads have for more; measured.
+
+        With `offload` wherever they lie, and with the two buffers of a device through which they pass.
+        """
+        buffers = sum(stage.allocated_bytes() for stage in self._stages.values())
+        return buffers + sum(layer.allocated_bytes() for layer in self._sparse_layers)
+
+    def host_bytes(self) -> int:
+        """Those of `allocated_bytes()` that `offload` took in host memory; all others lie on the device."""
+        return sum(layer.host_bytes() for layer in self._sparse_layers)

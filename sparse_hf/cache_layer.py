@@ -29,7 +29,10 @@ from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 from sparse_hf_kernels.kv_cache import (
     KVDtype,
     KVStorage,
+    OffloadedStorage,
+    Stage,
     StorageGroup,
+    StorageLayout,
     counted_states,
     kernels_refuse,
     slot_positions,
@@ -99,9 +102,13 @@ class SparseCacheLayer(CacheLayerMixin):
         max_length: tokens that the layer has room for from the start, and no more; None lets it grow.
         kv_dtype: how keys and values are stored; None as they come.
         scratch: of decode launches by device, shared by the layers of a cache.
+        stages: by device, shared too: full heads lie in host memory. None leaves them on the device.
+        number: of the layer in the cache.
     """
 
     is_sliding = False
+    # `generate` would compile the whole forward on a GPU, and `update` breaks that graph in every layer.
+    is_compileable = False
     is_croppable = False
     supports_early_init = False
 
@@ -113,6 +120,8 @@ class SparseCacheLayer(CacheLayerMixin):
         max_length: int | None = None,
         kv_dtype: KVDtype | None = None,
         scratch: dict[torch.device, Any] | None = None,
+        stages: dict[torch.device, Stage] | None = None,
+        number: int = 0,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -121,6 +130,7 @@ class SparseCacheLayer(CacheLayerMixin):
         self.expected_tokens = 0
         self.storage: KVStorage | None = None
         self._scratch: dict[torch.device, Any] = {} if scratch is None else scratch
+        self._stages, self._number = stages, number
         self._forget()
 
     def _forget(self) -> None:
@@ -137,7 +147,7 @@ class SparseCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: while a CUDA graph is captured, for a cache of a fixed length, whose count is on the device.
         """
-        if self.max_length is None or self.storage is None:
+        if self.max_length is None or self.storage is None or self.storage.is_offloaded:
             return self._num_tokens
         if is_capturing():
             raise ValueError("chunks of several tokens cannot be captured in a CUDA graph with a SparseCache; "
@@ -161,8 +171,8 @@ class SparseCacheLayer(CacheLayerMixin):
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
         layout = first or self.plan.storage
-        hold = plan is not None and KVStorage.takes_run(layout, self.kv_dtype)
-        self.storage = KVStorage(
+        hold = plan is not None and self._stages is None and KVStorage.takes_run(layout, self.kv_dtype)
+        self.storage = self._new_storage(
             layout,
             batch=batch,
             head_dim=head_dim,
@@ -176,6 +186,12 @@ class SparseCacheLayer(CacheLayerMixin):
         )
         self.is_initialized = True
         return hold
+
+    def _new_storage(self, layout: StorageLayout, *, device: torch.device, **options: Any) -> KVStorage:
+        if self._stages is None or not layout.num_linear:
+            return KVStorage(layout, device=device, **options)
+        stage = self._stages.setdefault(device, Stage(device))
+        return OffloadedStorage(layout, stage=stage, number=self._number, device=device, **options)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if key_states.dtype != value_states.dtype:
@@ -222,10 +238,13 @@ class SparseCacheLayer(CacheLayerMixin):
         storage = self.storage
         assert storage is not None
         valid = plan.newest_valid(len(keys))
-        if self.max_length is None:
+        if self.max_length is None or storage.is_offloaded:
             self._make_room(self._num_tokens + 1)
+        first = self._bring(plan, valid is None and self._is_plain is True) if storage.is_offloaded else None
         work = self._scratch.get(query.device)
         out, self._scratch[query.device] = _decode_fused()(query, keys, values, storage, work, scale, valid)
+        if first is not None:
+            storage.write_back(first, 1)
         self._num_tokens += 1
         if valid is not None:
             self._is_plain = None
@@ -242,11 +261,15 @@ class SparseCacheLayer(CacheLayerMixin):
         """
         seen, plain = self.num_tokens, self._look(plan, position_ids)
         if self.storage is not None or not self._begin(keys, values, plan if plain else None):
-            assert self.storage is not None
+            storage = self.storage
+            assert storage is not None
             positions = None if plain else self._new_positions(plan, position_ids)
             self._make_room(seen + keys.shape[2])
+            first = self._bring(plan, plain) if storage.is_offloaded else None
             told = {"seen": seen} if positions is None else {"positions": positions}
-            store_tokens(self.storage, keys, values, **told)
+            store_tokens(storage, keys, values, **told)
+            if first is not None:
+                storage.write_back(first, keys.shape[2])
         assert self.storage is not None
         self._num_tokens = seen + keys.shape[2]
         if self.storage.layout is self.plan.first:
@@ -268,6 +291,7 @@ class SparseCacheLayer(CacheLayerMixin):
         plain = self._look(plan, position_ids)
         new = None if plain else self._new_positions(plan, position_ids)
         whole = storage.layout is self.plan.first
+        storage.bring()
         rings: dict[StorageGroup, CachedGroup] = {}
         for group, layout in zip(storage.layout.groups, self._parts(), strict=True):
             if group.ring is not None:
@@ -307,6 +331,21 @@ class SparseCacheLayer(CacheLayerMixin):
             plan.known["new_positions"] = plan.new_tokens(position_ids, self.storage.lengths.to(torch.int64))
         return plan.known["new_positions"]
 
+    def _bring(self, plan: ForwardPlan, plain: bool) -> list[int]:
+        """Has an offloaded storage on the device, and the next layer's follow.
+
+        Returns:
+            For each row, the slot of its first new token: what the host knows of a plain batch, and the device of
+            others, where it is asked once for all layers.
+        """
+        storage = self.storage
+        assert storage is not None
+        if not plain and "lengths" not in plan.known:
+            plan.known["lengths"] = storage.lengths.tolist()
+        storage.bring()
+        storage.prefetch_next()
+        return [self._num_tokens] * storage.batch if plain else plan.known["lengths"]
+
     def _make_room(self, num_tokens: int) -> None:
         storage = self.storage
         assert storage is not None
@@ -337,7 +376,7 @@ class SparseCacheLayer(CacheLayerMixin):
             return  # a dense row, which reads every key, may still come
         (group,) = storage.layout.groups
         (keys,), (values,) = storage.read(group, (0, num_tokens))
-        parted = KVStorage(
+        parted = self._new_storage(
             self.plan.storage,
             batch=storage.batch,
             head_dim=keys.shape[-1],
@@ -347,9 +386,12 @@ class SparseCacheLayer(CacheLayerMixin):
             capacity=self.max_length or max(self.expected_tokens, storage.capacity),
             kv_dtype=storage.kv_dtype,
         )
+        # To the other buffer: this call may still read the storage so far.
+        parted.bring()
         store_tokens(parted, keys, values, positions=slot_positions(None, num_tokens, storage.lengths))
         parted.state.copy_(storage.state)
-        self.storage = parted
+        parted.write_back([0] * parted.batch, num_tokens)
+        self.storage, self._served = parted, (None, None, False)
 
     def get_seq_length(self) -> Any:
         if self.max_length is None or self.storage is None:
@@ -390,3 +432,7 @@ class SparseCacheLayer(CacheLayerMixin):
     def allocated_bytes(self) -> int:
         """Bytes of the tensors' storage: what is held, and the room that full heads have for more."""
         return 0 if self.storage is None else self.storage.allocated_bytes()
+
+    def host_bytes(self) -> int:
+        """Those of `allocated_bytes()` that lie in host memory beside the device."""
+        return 0 if self.storage is None else self.storage.host_bytes()

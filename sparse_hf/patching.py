@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,11 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from sparse_hf.adapters import ModelShape, adapter_for
 from sparse_hf.attention import ATTENTION_NAME, sparse_attention_forward
 from sparse_hf.break_even import resolve_min_seq_len
-from sparse_hf.cache import SparseCache
 from sparse_hf.chunked_prefill import PREFILL_METHOD, prefill
 from sparse_hf.config import SparseConfig
 from sparse_hf.dynamic import LayerHeads
 from sparse_hf.forward_plan import forward_plan_mask
+from sparse_hf.generate_cache import CACHE_METHOD, prepare_cache
 from sparse_hf.head_masks import check_head_masks, keyword_head_masks
 from sparse_hf.layer_state import LayerState, clear_layer_state, set_layer_state
 from sparse_hf.lora import remove_adapter, unwrapped
@@ -31,7 +31,6 @@ from sparse_hf.own_positions import watch_decoder
 from sparse_hf_kernels import UNBOUNDED, AttentionLayout, layout_key
 
 _ATTRIBUTE = "_sparse_hf_handle"
-_CACHE_METHOD = "_prepare_cache_for_generation"
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -124,7 +123,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
         hooks=watch_decoder(model.base_model),
     )
     setattr(model, _ATTRIBUTE, handle)
-    setattr(model, _CACHE_METHOD, MethodType(_prepare_sparse_cache, model))
+    setattr(model, CACHE_METHOD, MethodType(prepare_cache, model))
     setattr(model, PREFILL_METHOD, MethodType(prefill, model))
     model.config._attn_implementation = ATTENTION_NAME
     return outer
@@ -142,7 +141,7 @@ def unsparsify(model: PreTrainedModel) -> PreTrainedModel:
         clear_layer_state(module)
     for hook in handle.hooks:
         hook.remove()
-    delattr(model, _CACHE_METHOD)
+    delattr(model, CACHE_METHOD)
     delattr(model, PREFILL_METHOD)
     delattr(model, _ATTRIBUTE)
     # What the user set meanwhile (resize_token_embeddings, use_cache) stays; the attention's name is ours alone.
@@ -291,22 +290,3 @@ def _replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConf
     for module in model.modules():
         if getattr(module, "config", None) is old:
             setattr(module, "config", new)  # noqa: B010  (nn.Module declares no such attribute)
-
-
-def _prepare_sparse_cache(
-    model: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> None:
-    """Stands in for the model's own method: a `SparseCache` where `generate` would make a dynamic one."""
-    given = model_kwargs.get("past_key_values")
-    implementation = generation_config.cache_implementation
-    sparse_now = model.config._attn_implementation == ATTENTION_NAME
-    if sparse_now and given is None and generation_config.use_cache is not False:
-        if implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={implementation!r} does not free what sparse heads drop; leave it unset, "
-                "or pass that cache as past_key_values to keep all keys"
-            )
-        model_kwargs["past_key_values"] = SparseCache.for_model(model)
-        return
-    original: Callable[..., None] = getattr(type(model), _CACHE_METHOD)
-    original(model, generation_config, model_kwargs, *args, **kwargs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from sparse_hf import SparseCache, dense, unsparsify
 
@@ -104,10 +104,58 @@ def test_dense_and_unsparsified_generate_as_before(case: Any, make_model: Callab
     assert torch.equal(generate(unsparsify(case.model), batch), expected)
 
 
-@pytest.mark.parametrize("implementation", ["static", "offloaded"])
+@pytest.mark.parametrize("implementation", ["dynamic", "static", "offloaded", "offloaded_static"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=str)
+def test_cache_implementations(make_case: Callable, pad: Callable, implementation: str, options: dict) -> None:
+    """The same tokens; a static cache has room for exactly what `generate` feeds to the model."""
+    case = make_case("llama", "mixed")
+    batch = pad(case.tokens(30, 19, 5), "left")
+    result = generate(case.model, batch, cache_implementation=implementation, return_dict_in_generate=True, **options)
+    assert torch.equal(result.sequences, generate(case.model, batch, **options))
+    cache = result.past_key_values
+    assert isinstance(cache, SparseCache)
+    assert cache.get_max_length() == (30 + NEW - 1 if "static" in implementation else -1)
+    assert int(cache.get_seq_length()) == 30 + NEW - 1
+    assert (cache.host_bytes() > 0) == ("offloaded" in implementation)
+
+
+def test_room_for_later_calls(make_case: Callable, pad: Callable) -> None:
+    case = make_case("llama", "mixed")
+    batch = pad(case.tokens(30, 19), "left")
+    options = {"cache_implementation": "static", "return_dict_in_generate": True}
+    for asked, given in ((100, 100), (20, 30 + NEW - 1)):
+        result = generate(case.model, batch, max_cache_len=asked, **options)
+        assert result.past_key_values.get_max_length() == given
+        assert_greedy(case, batch, result.sequences)
+
+
+def test_static_caches_are_not_compiled(make_case: Callable, pad: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where `generate` compiles the whole forward for caches that allow it."""
+    case = make_case("llama", "mixed")
+    batch = pad(case.tokens(30, 19), "left")
+    compiles = CompileConfig(backend="eager")
+    compiles._compile_all_devices = True
+    asked: list[CompileConfig] = []
+
+    def compiled(config: CompileConfig) -> Any:
+        asked.append(config)
+        return case.model.__call__
+
+    monkeypatch.setattr(case.model, "get_compiled_call", compiled)
+    found = generate(case.model, batch, cache_implementation="static", compile_config=compiles)
+    assert_greedy(case, batch, found)
+    assert not asked
+    with dense(case.model):
+        generate(case.model, batch, cache_implementation="static", compile_config=compiles)
+    assert asked, "transformers compiles nothing here, so that this test shows nothing"
+
+
+@pytest.mark.parametrize("implementation", ["quantized", "sliding_window"])
 def test_other_cache_implementations_are_refused(make_case: Callable, pad: Callable, implementation: str) -> None:
     case = make_case("llama", "streaming")
-    with pytest.raises(ValueError, match="cache_implementation"):
+    with pytest.raises(
+        ValueError, match=rf"'offloaded_static' on a sparsified model, got '{implementation}'; .*kv_dtype=\"int8\""
+    ):
         generate(case.model, pad(case.tokens(10), "left"), cache_implementation=implementation)
 
 

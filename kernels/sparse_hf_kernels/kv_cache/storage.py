@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class KVStorage:
             device, so that captured graphs go on counting.
         launches: of decode steps, bound to where the tensors lie; to be cleared when they move.
     """
+
+    is_offloaded: ClassVar[bool] = False
+    """The tensors have to be brought to the device and written back; see `OffloadedStorage`."""
 
     def __init__(
         self,
@@ -100,13 +104,15 @@ class KVStorage:
     def apply(self, change: object) -> None:
         """Replaces every tensor by `change(tensor)`, which takes rows of the batch; the state's first entry stays."""
         assert callable(change)
-        lengths = change(self.lengths)
-        self.state = torch.cat([self.state[:1], lengths])
+        self._change_state(change)
         self.launches.clear()
         quantized = self.kv_dtype is not None
         self.keys, self.values = change(self.keys), change(self.values)
         if quantized:
             self.k_scales, self.v_scales = change(self.k_scales), change(self.v_scales)
+
+    def _change_state(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.state = torch.cat([self.state[:1], change(self.lengths)])
 
     def grow(self, capacity: int) -> None:
         """Gives linear heads room for `capacity` tokens; what is stored is copied, one tensor at a time."""
@@ -128,6 +134,20 @@ class KVStorage:
             self.keys, self.values = grown(self.keys), grown(self.values)
             self.k_scales, self.v_scales = grown(self.k_scales), grown(self.v_scales)
         self.capacity = capacity
+
+    def bring(self) -> None:
+        """Has the tensors on the device until another storage is brought. Here they always are."""
+
+    def prefetch_next(self) -> None:
+        """Has what the next layer needs come while this one computes. Here nothing has to."""
+
+    def write_back(self, first: list[int], num_new: int) -> None:
+        """Keeps new tokens beyond the time in which the tensors are on the device. Here nothing has to be done.
+
+        Args:
+            first: the slot of each row's first new token in linear heads.
+            num_new: slots from there on that are kept, at least those of the new tokens.
+        """
 
     def view(self, x: Tensor, group: StorageGroup) -> Tensor:
         """One of `tensors()` as the group's `[batch, heads, slots, ...]`."""
@@ -171,6 +191,10 @@ class KVStorage:
     def allocated_bytes(self) -> int:
         """Bytes of the tensors' storage, spare room included."""
         return sum(x.untyped_storage().nbytes() for x in self.tensors())
+
+    def host_bytes(self) -> int:
+        """Those of `allocated_bytes()` that are taken in host memory beside the device."""
+        return 0
 
     def held_bytes(self, num_tokens: int) -> int:
         """Bytes of the slots that are filled once a row has `num_tokens` tokens."""

@@ -14,6 +14,8 @@ from sparse_hf_kernels.kv_cache import (
     HeadStorage,
     KVDtype,
     KVStorage,
+    OffloadedStorage,
+    Stage,
     StorageLayout,
     decode_attention,
     kernels_refuse,
@@ -189,3 +191,38 @@ def test_shares_of_any_size(
         out, expected = twins.step(*new_tokens(2, 2, 1, 24, torch.float32, 3), valid, 24**-0.5)
         torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
         twins.assert_same_storage()
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_offloaded_storages_take_turns(kv_dtype: KVDtype | None, new_tokens: Callable) -> None:
+    """Three layers in two buffers, over growth: the bits of storages that lie where they are."""
+    shape: dict[str, Any] = {"batch": 2, "head_dim": 16, "value_dim": 16, "dtype": torch.float32, "device": CPU}
+    few, stage = HEADS[:3], Stage(CPU)
+    layouts = [StorageLayout(heads=few, num_dense_rows=rows) for rows in (0, 80, 0)]
+    plain = [KVStorage(layout, **shape, capacity=60, kv_dtype=kv_dtype) for layout in layouts]
+    moving = [
+        OffloadedStorage(layout, stage=stage, number=number, **shape, capacity=60, kv_dtype=kv_dtype)
+        for number, layout in enumerate(layouts)
+    ]
+    seen, work = 0, None
+    for num_new in (59, 1, 1, 1):
+        for one, other in zip(plain, moving, strict=True):
+            q, k, v = new_tokens(2, len(few), num_new, 16, torch.float32, 2)
+            if seen + num_new > 60:
+                one.grow(70)
+                other.grow(70)
+            other.bring()
+            if seen:
+                other.prefetch_next()
+            outs = []
+            for storage in (one, other):
+                if num_new > 1:
+                    store_tokens(storage, k, v, seen=seen)
+                else:
+                    out, work = decode_attention(q, k, v, storage, scale=0.25, work=work)
+                    outs.append(out)
+            assert not outs or (torch.equal(*outs) and outs[0].isfinite().all())
+            other.write_back([seen] * 2, num_new)
+        seen += num_new
+    assert seen == 62 and all(storage.state.tolist() == [62] * 3 for storage in (*plain, *moving))
