@@ -171,7 +171,9 @@ class SparseCacheLayer(CacheLayerMixin):
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
         layout = first or self.plan.storage
-        hold = plan is not None and self._stages is None and KVStorage.takes_run(layout, self.kv_dtype)
+        held: dict[str, Any] = {}
+        if plan is not None and self._stages is None and KVStorage.takes_run(layout, self.kv_dtype):
+            held = {"first": (keys, values), "state": _counted(plan, batch)}
         self.storage = self._new_storage(
             layout,
             batch=batch,
@@ -181,11 +183,10 @@ class SparseCacheLayer(CacheLayerMixin):
             device=keys.device,
             capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
-            first=(keys, values) if hold else None,
-            state=_counted(plan, batch) if plan is not None and hold else None,
+            **held,
         )
         self.is_initialized = True
-        return hold
+        return bool(held)
 
     def _new_storage(self, layout: StorageLayout, *, device: torch.device, **options: Any) -> KVStorage:
         if self._stages is None or not layout.num_linear:
