@@ -8,7 +8,6 @@ lengths; the last one to have done so counts the new token, so that a captured g
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from sparse_hf_kernels.kv_cache.parts import NEVER, leave
 from sparse_hf_kernels.kv_cache.store_kernel import quantized
@@ -21,25 +20,6 @@ LARGEST_DISTANCE = tl.constexpr(2**30)
 def _pick(x, here):
     """x where `here` is true, which is one place, from registers."""
     return tl.sum(tl.where(here, x, 0), 0)
-
-
-@triton.jit
-def _fetch(pointers):
-    """Asks for the cache lines at these pointers, which L2 then holds; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _fetch_blocks(keys_ptr, values_ptr, base, first, last, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-                  AHEAD: tl.constexpr):  # fmt: skip
-    """Asks for the first AHEAD of a head's blocks `first` to `last`, of which there is one at least."""
-    LINE: tl.constexpr = 1024 // keys_ptr.dtype.element_ty.primitive_bitwidth
-    size = tl.minimum(last - first, AHEAD) * (BN * D)
-    lines = (base + first * BN) * D + tl.minimum(tl.arange(0, AHEAD * BN * BD // LINE) * LINE, size - 1)
-    _fetch(keys_ptr + lines)
-    _fetch(values_ptr + lines)
 
 
 @triton.jit
@@ -221,18 +201,16 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     capacity, ring_slots, num_linear, num_rows, num_dense_rows, max_distance, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr,
     MERGED: tl.constexpr, BM: tl.constexpr,
     HAS_VALID: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
     `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale`
-    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch. EARLY: see `early`.
+    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch.
     """
-    if EARLY:
-        gdc_wait()
     programs = tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows
@@ -274,10 +252,6 @@ def _decode_kernel(
             base = b * row_slots + tl.where(linear, ring_slots + place * capacity, place)
             clear = tl.where((low > 0) | (max_distance < LARGEST_DISTANCE), 0, stored // BN)
             last_clear = tl.minimum(tl.maximum(clear, first), last)
-            if AHEAD:
-                # While queries are on their way.
-                if first < last_clear:
-                    _fetch_blocks(keys_ptr, values_ptr, base, first, last_clear, D, BD, BN, AHEAD)
             heads = head * GROUP + g
             q = tl.load(q_ptr + b * stride_qb + heads[:, None] * stride_qh + dims[None, :], mask=q_mask, other=0.0)
             # The new token goes with the block whose slot it takes, which nobody else reads, or else with the last one.

@@ -30,9 +30,7 @@ class DecodeConfig:
         programs: per multiprocessor.
         min_share: blocks that a program takes at least, so that short contexts need no merge.
         head_cost: blocks that a program could read in the time that beginning with another head takes.
-        ahead: blocks that a program asks for before its queries are there, a power of two; 0: none.
         merged_bytes: of the parts of a head that are on their way at once when they are merged.
-        early: launch while the kernel before it ends (compute capability 9.0).
     """
 
     block: int
@@ -41,9 +39,7 @@ class DecodeConfig:
     programs: int = 2
     min_share: int = 1
     head_cost: int = 2
-    ahead: int = 2
-    merged_bytes: int = 32768
-    early: bool = False
+    merged_bytes: int = 65536
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
@@ -100,17 +96,14 @@ def decode_options(
         "ROWS": triton.next_power_of_2(batch * num_kv_heads),
         "MIN_SHARE": config.min_share,
         "HEAD_COST": config.head_cost,
-        "AHEAD": 0 if storage.keys.device.type == "cpu" else config.ahead,  # the interpreter knows no such instruction
         "MERGED": max(1, config.merged_bytes // (4 * triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))),
         "BM": triton.next_power_of_2(group),
         "HAS_VALID": valid,
         **quantized_options(storage.kv_dtype),
         "STAGES": config.num_stages,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "EARLY": config.early,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **({"launch_pdl": True} if config.early else {}),
     }
 
 
