@@ -24,7 +24,7 @@ from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.footprint import Footprint, measure_footprint
 from sparse_hf_training.evaluation.generation import exact_by_generation, new_cache, prefill
 from sparse_hf_training.evaluation.lab import DENSE, Lab, check_length
-from sparse_hf_training.evaluation.losses import answer_loss, text_loss
+from sparse_hf_training.evaluation.losses import answer_losses, text_loss
 from sparse_hf_training.evaluation.report import LabReport
 from sparse_hf_training.objectives import LossHead
 from sparse_hf_training.tasks import Filler, NeedleTask, RecallSample, make_task
@@ -51,10 +51,10 @@ def greedy(model: Any, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
-def own_sample(model: Any, seed: int) -> RecallSample:
-    """A sample of 60 tokens and two questions that the model answers as it stands there."""
+def own_sample(model: Any, seed: int, num_tokens: int = 60) -> RecallSample:
+    """A sample of so many tokens and two questions that the model answers as it stands there."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 300, (60,), generator=generator).tolist()
+    ids = torch.randint(2, 300, (num_tokens,), generator=generator).tolist()
     questions, answers = [], []
     for count in (4, 3):
         start = len(ids)
@@ -92,8 +92,8 @@ def test_generation_finds_what_a_model_writes(
 
 
 def test_samples_of_unequal_lengths_stand_in_batches_of_their_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = [own_sample(model, seed) for seed in range(3)]
-    shorter = replace(samples[1], input_ids=samples[1].input_ids[:-1])
+    samples = [own_sample(model, 0), own_sample(model, 1, 59), own_sample(model, 2)]
+    cut = replace(samples[2], input_ids=samples[2].input_ids[:-1])  # behind the last answer
     sizes: list[int] = []
     generate = type(model).generate
 
@@ -102,7 +102,7 @@ def test_samples_of_unequal_lengths_stand_in_batches_of_their_own(model: Any, mo
         return generate(self, ids, **more)
 
     monkeypatch.setattr(type(model), "generate", spy)
-    found = dict(exact_by_generation(model, [samples[0], shorter, samples[2]], batch_size=8))
+    found = dict(exact_by_generation(model, [*samples[:2], cut], batch_size=8))
     assert found == {0: True, 1: True, 2: True} and sizes == [2, 2, 1, 1]
 
 
@@ -184,12 +184,14 @@ def test_losses_by_hand(model: Any, story: str, tokenizer: PreTrainedTokenizerFa
     # The token at position p + 1 is predicted at position p; the last position predicts none.
     by_bin = [losses[:, start : start + 8].mean().item() for start in range(0, 128, 8)]
     assert found.bins == pytest.approx(by_bin, rel=1e-5) and found.edges == tuple(range(0, 129, 8))
-    sample = own_sample(model, 3)
-    with torch.no_grad():
-        logits = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0]
-    places = [p for start, end in sample.answer_spans for p in range(start, end)]
-    own = F.cross_entropy(logits[[p - 1 for p in places]], torch.tensor(sample.input_ids)[places])
-    assert answer_loss(model, LossHead(model), sample) == pytest.approx(own.item(), rel=1e-5)
+    samples, expected = [own_sample(model, seed) for seed in (3, 4, 5)], []
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0]
+        places = [p for start, end in sample.answer_spans for p in range(start, end)]
+        expected.append(F.cross_entropy(logits[[p - 1 for p in places]], torch.tensor(sample.input_ids)[places]).item())
+    for batch_size in (1, 2, 8):
+        assert list(answer_losses(model, LossHead(model), samples, batch_size)) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="no rows"):
         text_loss(model, [], 128)
 

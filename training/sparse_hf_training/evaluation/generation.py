@@ -63,11 +63,12 @@ def exact_by_generation(
         samples: of one task.
         context_first: the context goes through the model, and the cache frees what it frees, before a question comes.
         chunk: tokens per forward pass of a prefill; None for all at once.
-        batch_size: samples of equal lengths that are answered side by side, so that nothing is padded.
+        batch_size: samples whose answers lie at the same places are answered side by side, so that nothing is padded.
     """
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for number, sample in enumerate(samples):
-        alike[(len(sample.input_ids), sample.question_spans, sample.answer_spans)].append(number)
+        # Where a question begins matters only where the context goes first.
+        alike[(sample.answer_spans, sample.context_length if context_first else None)].append(number)
     for numbers in alike.values():
         for first in range(0, len(numbers), batch_size):
             batch = numbers[first : first + batch_size]
@@ -77,8 +78,9 @@ def exact_by_generation(
 
 @torch.no_grad()
 def _answer(model: PreTrainedModel, samples: Sequence[RecallSample], context_first: bool, chunk: int | None) -> Tensor:
-    """Booleans `[batch]` of samples that have their questions at the same places."""
-    ids = torch.tensor([sample.input_ids for sample in samples], device=model.device)
+    """Booleans `[batch]` of samples that have their answers at the same places."""
+    last = samples[0].answer_spans[-1][1]
+    ids = torch.tensor([sample.input_ids[:last] for sample in samples], device=model.device)
     exact = torch.ones(len(samples), dtype=torch.bool, device=ids.device)
     cache = new_cache(model)
     spans = samples[0].answer_spans

@@ -20,7 +20,7 @@ from sparse_hf_training.data import Row
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.footprint import Footprint, measure_footprint
 from sparse_hf_training.evaluation.generation import exact_by_generation
-from sparse_hf_training.evaluation.losses import TextLoss, answer_loss, text_loss
+from sparse_hf_training.evaluation.losses import TextLoss, answer_losses, text_loss
 from sparse_hf_training.evaluation.recall import recall_samples
 from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
 from sparse_hf_training.objectives import LossHead
@@ -157,9 +157,9 @@ class Lab:
             for number, right in found:
                 exact[number] = right
                 progress(label, 1)
-            head, losses = LossHead(model), list[float]()
-            for sample in samples[: self._num_losses]:
-                losses.append(answer_loss(model, head, sample))
+            losses = list[float]()
+            for loss in answer_losses(model, LossHead(model), samples[: self._num_losses], self.batch_size):
+                losses.append(loss)
                 progress(label, 1)
             return TaskOutcome(
                 task=label,

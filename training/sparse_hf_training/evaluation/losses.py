@@ -5,7 +5,7 @@ A loss over all tokens hides what a model forgets: recall tokens are few.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,15 +93,21 @@ def text_loss(model: PreTrainedModel, rows: Iterable[Row], seq_len: int) -> Text
     return TextLoss(rows=tuple(means), edges=edges, bins=tuple((sums / counts).tolist()))
 
 
-def answer_loss(model: PreTrainedModel, head: LossHead, sample: RecallSample) -> float:
-    """Mean loss of a sample's answers, given all that precedes them."""
-    ids = torch.tensor([sample.input_ids], device=model.device)
-    kept = torch.zeros_like(ids, dtype=torch.bool)
-    for start, end in sample.answer_spans:
-        kept[:, start - 1 : end - 1] = True
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    targets = ids.roll(-1, 1)[kept]
-    return token_losses(model, head, ids, positions, kept, targets).mean().item()
+def answer_losses(
+    model: PreTrainedModel, head: LossHead, samples: Sequence[RecallSample], batch_size: int = 1
+) -> Iterator[float]:
+    """Mean loss of each sample's answers, given all that precedes them; samples have one length."""
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        ids = torch.tensor([sample.input_ids for sample in batch], device=model.device)
+        kept = torch.zeros_like(ids, dtype=torch.bool)
+        for row, sample in enumerate(batch):
+            for start, end in sample.answer_spans:
+                kept[row, start - 1 : end - 1] = True
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        losses = token_losses(model, head, ids, positions, kept, ids.roll(-1, 1)[kept])
+        for part in losses.split(kept.sum(1).tolist()):
+            yield part.mean().item()
 
 
 def mean(values: Sequence[float]) -> float:

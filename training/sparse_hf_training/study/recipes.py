@@ -17,7 +17,7 @@ from sparse_hf.calibrate.scores import ScoresCalibrator, ScoresOptions
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
 from sparse_hf.patching import get_handle, set_head_masks
-from sparse_hf_training.evaluation.losses import answer_loss, mean
+from sparse_hf_training.evaluation.losses import answer_losses, mean
 from sparse_hf_training.evaluation.recall import recall_samples
 from sparse_hf_training.masks import MaskLearning, MaskLearningConfig
 from sparse_hf_training.objectives import LossHead, ObjectiveConfig
@@ -169,7 +169,7 @@ def ablation(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tens
 
         def loss(masks: Tensor) -> float:
             set_head_masks(model, masks)
-            return mean([answer_loss(model, head, sample) for sample in samples])
+            return mean(list(answer_losses(model, head, samples, bench.batch_size)))
 
         before = loss(masks)
         scores = torch.zeros(masks.shape)
