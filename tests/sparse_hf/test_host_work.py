@@ -157,10 +157,9 @@ def test_what_is_stored_is_nobody_elses(room: int) -> None:
     """Even where keys and values come just as they are stored."""
     k, v = (torch.randn(2, 3, 12, 8, requires_grad=True) for _ in range(2))
     layout = StorageLayout(heads=(HeadStorage(),) * 3)
-    shape: dict[str, Any] = {"batch": 2, "head_dim": 8, "value_dim": 8, "dtype": k.dtype, "device": k.device}
     states = counted_states(3, 2, 12, k.device)
     with torch.no_grad():
-        storage = KVStorage(layout, **shape, capacity=room, first=(k, v), state=states[1])
+        storage = KVStorage.of_first(layout, k, v, states[1], room)
     (keys,), (values,) = storage.read(layout.groups[0], (0, 12))
     assert torch.equal(keys, k) and torch.equal(values, v)
     assert not storage.keys.requires_grad and not storage.values.requires_grad
