@@ -33,9 +33,9 @@ class SparseCache(Cache):
             raise ValueError(f"max_length must be positive, got {max_length}")
         scratch: dict[torch.device, Any] = {}
         self._stages: dict[torch.device, Stage] = {}
-        shared: dict[str, Any] = {"scratch": scratch, "stages": self._stages if offload else None}
+        stages = self._stages if offload else None
         self._sparse_layers = [
-            SparseCacheLayer(layout, per_head, max_length=max_length, kv_dtype=kv_dtype, number=number, **shared)
+            SparseCacheLayer(layout, per_head, max_length, kv_dtype, scratch, stages, number)
             for number, layout in enumerate(layouts)
         ]
         super().__init__(layers=list(self._sparse_layers))

@@ -110,33 +110,30 @@ class SparseCacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
+    # What an empty layer has. Of the class: a cache is made for each prompt, and has as many layers as the model.
+    keys = values = None  # as transformers' layers do; ours are in the storage
+    is_initialized = False
+    storage: KVStorage | None = None
+    expected_tokens = 0
+    _num_tokens = 0
+    _is_plain: bool | None = True
+    """Every slot that came holds a token; None after steps whose padding nobody looked at."""
+    _served: tuple[KVStorage | None, str | None, bool] = (None, None, False)
+
     def __init__(
         self,
         layout: AttentionLayout,
         per_head: bool = True,
-        *,
         max_length: int | None = None,
         kv_dtype: KVDtype | None = None,
         scratch: dict[torch.device, Any] | None = None,
         stages: dict[torch.device, Stage] | None = None,
         number: int = 0,
     ) -> None:
-        super().__init__()
-        self.layout = layout
-        self.plan = cache_plan(layout, per_head)
+        self.layout, self.plan = layout, cache_plan(layout, per_head)
         self.max_length, self.kv_dtype = max_length, kv_dtype
-        self.expected_tokens = 0
-        self.storage: KVStorage | None = None
         self._scratch: dict[torch.device, Any] = {} if scratch is None else scratch
         self._stages, self._number = stages, number
-        self._forget()
-
-    def _forget(self) -> None:
-        self.is_initialized, self.storage = False, None
-        self._served: tuple[KVStorage | None, str | None, bool] = (None, None, False)
-        self._num_tokens = 0
-        # Every slot that came holds a token; "unknown" after steps whose padding nobody looked at.
-        self._is_plain: bool | None = True
 
     @property
     def num_tokens(self) -> int:
@@ -414,7 +411,8 @@ class SparseCacheLayer(CacheLayerMixin):
         raise ValueError("a SparseCache cannot be rolled back: evicted keys are gone; generate without an assistant")
 
     def reset(self) -> None:
-        self._forget()
+        for name in ("is_initialized", "storage", "_num_tokens", "_is_plain", "_served"):
+            vars(self).pop(name, None)
 
     def _apply(self, change: Any) -> None:
         if self.storage is not None:
