@@ -173,19 +173,6 @@ class SparseCacheLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def _begin_at_once(self, keys: Tensor, values: Tensor, plan: ForwardPlan) -> bool:
-        """Stores the first tokens of a forward pass without padding and packing by one copy each, as a stock cache
-        does; False where they are stored otherwise, or heads part with them."""
-        cache, num_new = self.plan, keys.shape[2]
-        if self.max_length is not None or self.kv_dtype is not None or self._stages is not None:
-            return False
-        if cache.first is not None and num_new >= cache.parts_at:
-            return False
-        capacity = max(self._expected(cache.first is not None), num_new) if self.expected_tokens else num_new
-        self.storage = KVStorage.of_first(cache.first or cache.storage, keys, values, _counted(plan, len(keys)), capacity)
-        self.is_initialized, self._num_tokens = True, num_new
-        return True
-
     def _new_storage(self, layout: StorageLayout, *, device: torch.device, **options: Any) -> KVStorage:
         if self._stages is None or not layout.num_linear:
             return KVStorage(layout, device=device, **options)
@@ -236,7 +223,7 @@ class SparseCacheLayer(CacheLayerMixin):
         """
         storage = self.storage
         assert storage is not None
-        valid = plan.newest_valid(len(keys))
+        valid = plan.newest_valid(keys.shape[0])
         if self.max_length is None or storage.is_offloaded:
             self._make_room(self._num_tokens + 1)
         first = self._bring(plan, valid is None and self._is_plain is True) if storage.is_offloaded else None
@@ -252,6 +239,19 @@ class SparseCacheLayer(CacheLayerMixin):
             self._part(plan, self._num_tokens)
         return out
 
+    def store_at_once(self, keys: Tensor, values: Tensor, plan: ForwardPlan) -> bool:
+        """Stores the first tokens of a forward pass without padding and packing by one copy each, as a stock cache
+        does; False, with nothing done, where they are stored otherwise or heads part with them."""
+        cache, (batch, _, num_new, _) = self.plan, keys.shape
+        if self.max_length is not None or self.kv_dtype is not None or self._stages is not None:
+            return False
+        if cache.first is not None and num_new >= cache.parts_at:
+            return False
+        capacity = max(self._expected(cache.first is not None), num_new) if self.expected_tokens else num_new
+        self.storage = KVStorage.of_first(cache.first or cache.storage, keys, values, _counted(plan, batch), capacity)
+        self.is_initialized, self._num_tokens = True, num_new
+        return True
+
     def store(self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None) -> None:
         """Stores the new tokens of all KV heads, `[batch, num_kv_heads, new, head_dim]`.
 
@@ -259,8 +259,7 @@ class SparseCacheLayer(CacheLayerMixin):
             ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
         """
         if self.storage is None:
-            # What SDPA serves at once has been found plain.
-            if (plan.at_once or self._look(plan, position_ids)) and self._begin_at_once(keys, values, plan):
+            if self._look(plan, position_ids) and self.store_at_once(keys, values, plan):
                 return
             self.lazy_initialization(keys, values)
         storage, seen, plain = self.storage, self.num_tokens, self._look(plan, position_ids)

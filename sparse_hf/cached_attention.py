@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_hf.attend import attend, branch_records
 from sparse_hf.attention_at_once import attend_at_once, check_length
-from sparse_hf.cache_layer import PendingKV, SparseCacheLayer
+from sparse_hf.cache_layer import PendingKV
 from sparse_hf.dynamic import LayerHeads, dynamic_attention
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState
@@ -49,15 +49,16 @@ def first_at_once(
     position_ids: Tensor | None,
     scale: float,
 ) -> Tensor | None:
-    """Output `[batch, num_heads, q_len, head_dim]` of the first tokens of a growing cache, which are stored, where
-    `attend_at_once` serves them; None for other calls."""
+    """Output `[batch, num_heads, q_len, head_dim]` of a growing cache's first tokens by `attend_at_once`, which are
+    stored; None for other calls. Like `decode_at_once` it asks little: the stock model takes no longer on the host."""
     layer, keys, values = pending.layer, pending.keys, pending.values
-    if layer.storage is not None or not layer.fits(state.layout):
+    if layer.storage is not None or torch.is_grad_enabled() or not layer.fits(state.layout):
         return None
     out = attend_at_once(state, query, keys, values, plan, position_ids, scale)
     if out is not None:
         assert isinstance(plan, ForwardPlan)
-        _store_first(layer, keys, values, plan, position_ids)
+        if not layer.store_at_once(keys, values, plan):
+            layer.store(keys, values, plan, position_ids)
     return out
 
 
@@ -86,23 +87,13 @@ def attend_cached(
         if out is None:
             check_length(plan, state)
             out = attend(state, query, keys, values, plan, position_ids, scale, ())
-        _store_first(layer, keys, values, plan, position_ids)
+        with torch.no_grad():
+            layer.store(keys, values, plan, position_ids)
         return out
     check_length(plan, state)
     with torch.no_grad():
         out = _attend_groups(state, query, pending, plan, position_ids, scale, records)
     return _without_gradient(out, query)
-
-
-def _store_first(
-    layer: SparseCacheLayer, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None
-) -> None:
-    """Stores the first tokens, which were attended with their gradients, without those."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            layer.store(keys, values, plan, position_ids)
-    else:
-        layer.store(keys, values, plan, position_ids)
 
 
 class _NoGradient(torch.autograd.Function):
