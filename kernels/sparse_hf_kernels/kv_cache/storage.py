@@ -63,8 +63,8 @@ class KVStorage:
         slots = layout.row_slots(capacity)
         keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
         values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
-        self._hold(layout, capacity, keys, values, torch.zeros(1 + batch, dtype=torch.int32, device=device))
-        self.dtype, self.kv_dtype = dtype, kv_dtype
+        state = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+        self._hold(layout, capacity, keys, values, state, dtype, kv_dtype)
         if kv_dtype is not None:
             self.k_scales, self.v_scales = (
                 torch.empty(batch, slots, dtype=torch.float32, device=device) for _ in range(2)
@@ -86,18 +86,25 @@ class KVStorage:
         if num_new == capacity:
             keys = k.clone(memory_format=torch.contiguous_format).view(k_shape)
             values = v.clone(memory_format=torch.contiguous_format).view(v_shape)
-            storage._hold(layout, capacity, keys, values, state)
+            storage._hold(layout, capacity, keys, values, state, v.dtype, None)
         else:
-            storage._hold(layout, capacity, k.new_empty(k_shape), v.new_empty(v_shape), state)
+            storage._hold(layout, capacity, k.new_empty(k_shape), v.new_empty(v_shape), state, v.dtype, None)
             storage._copy_run(k, v, 0)
         return storage
 
-    def _hold(self, layout: StorageLayout, capacity: int, keys: Tensor, values: Tensor, state: Tensor) -> None:
-        """Becomes the storage of tensors that are kept as they come, unless it is said otherwise."""
-        self.layout, self.capacity = layout, capacity
+    def _hold(
+        self,
+        layout: StorageLayout,
+        capacity: int,
+        keys: Tensor,
+        values: Tensor,
+        state: Tensor,
+        dtype: torch.dtype,
+        kv_dtype: KVDtype | None,
+    ) -> None:
+        """Becomes the storage in these tensors; scales, where there are any, are not yet among them."""
+        self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
         self.keys, self.values, self.state = keys, values, state
-        self.dtype: torch.dtype = values.dtype
-        self.kv_dtype: KVDtype | None = None
         self.k_scales = self.v_scales = _no_scales(values.device)
         self.launches: dict[Any, Any] = {}
 
