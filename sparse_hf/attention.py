@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_hf.attend import attend
 from sparse_hf.attention_at_once import attend_at_once, check_length
 from sparse_hf.cache_layer import PendingKV
-from sparse_hf.cached_attention import attend_cached, decode_at_once
+from sparse_hf.cached_attention import attend_cached, decode_at_once, first_at_once
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.head_exchange import layer_share, whole_row
 from sparse_hf.layer_state import LayerState, get_layer_state
@@ -65,6 +65,8 @@ def sparse_attention_forward(
         token = decode_at_once(state, query, key, attention_mask, scale)
         if token is not None:
             return token, None
+    else:
+        out = first_at_once(state, query, key, attention_mask, position_ids, scale)
     if out is None:
         run = _dispatch_recorded if state.recorders else _dispatch
         if state.exchange is not None:

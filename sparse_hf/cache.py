@@ -33,9 +33,9 @@ class SparseCache(Cache):
             raise ValueError(f"max_length must be positive, got {max_length}")
         scratch: dict[torch.device, Any] = {}
         self._stages: dict[torch.device, Stage] = {}
-        shared: dict[str, Any] = {"scratch": scratch, "stages": self._stages if offload else None}
+        stages = self._stages if offload else None
         self._sparse_layers = [
-            SparseCacheLayer(layout, per_head, max_length=max_length, kv_dtype=kv_dtype, number=number, **shared)
+            SparseCacheLayer(layout, per_head, max_length, kv_dtype, scratch, stages, number)
             for number, layout in enumerate(layouts)
         ]
         super().__init__(layers=list(self._sparse_layers))
@@ -66,11 +66,16 @@ class SparseCache(Cache):
         layouts = [state.layout for state in handle.states]
         return cls(layouts, per_head, max_length=max_length, kv_dtype=kv_dtype, offload=offload)
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The new tokens' `PendingKV`, twice. Compiled models break their graphs here, the same one for all layers:
         what a cache holds changes from call to call."""
+        if torch.compiler.is_compiling():
+            return self._update_untraced(key_states, value_states, layer_idx)
         return self._sparse_layers[layer_idx].update(key_states, value_states)
+
+    @torch.compiler.disable
+    def _update_untraced(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Any:
+        return self.update(key_states, value_states, layer_idx)
 
     def expect(self, num_tokens: int) -> None:
         """Room for so many tokens is made at once, when the first of them come or when there is no room left."""

@@ -11,7 +11,6 @@ a `PendingKV`: the new keys, not yet stored, since only the attention function l
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -25,7 +24,6 @@ from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.retention import cache_plan
 from sparse_hf_kernels import AttentionLayout
 from sparse_hf_kernels.capture import is_capturing
-from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 from sparse_hf_kernels.kv_cache import (
     KVDtype,
     KVStorage,
@@ -112,33 +110,30 @@ class SparseCacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
+    # What an empty layer has. Of the class: a cache is made for each prompt, and has as many layers as the model.
+    keys = values = None  # as transformers' layers do; ours are in the storage
+    is_initialized = False
+    storage: KVStorage | None = None
+    expected_tokens = 0
+    _num_tokens = 0
+    _is_plain: bool | None = True
+    """Every slot that came holds a token; None after steps whose padding nobody looked at."""
+    _served: tuple[KVStorage | None, str | None, bool] = (None, None, False)
+
     def __init__(
         self,
         layout: AttentionLayout,
         per_head: bool = True,
-        *,
         max_length: int | None = None,
         kv_dtype: KVDtype | None = None,
         scratch: dict[torch.device, Any] | None = None,
         stages: dict[torch.device, Stage] | None = None,
         number: int = 0,
     ) -> None:
-        super().__init__()
-        self.layout = layout
-        self.plan = cache_plan(layout, per_head)
+        self.layout, self.plan = layout, cache_plan(layout, per_head)
         self.max_length, self.kv_dtype = max_length, kv_dtype
-        self.expected_tokens = 0
-        self.storage: KVStorage | None = None
         self._scratch: dict[torch.device, Any] = {} if scratch is None else scratch
         self._stages, self._number = stages, number
-        self._forget()
-
-    def _forget(self) -> None:
-        self.is_initialized, self.storage = False, None
-        self._served: tuple[KVStorage | None, str | None, bool] = (None, None, False)
-        self._num_tokens = 0
-        # Every slot that came holds a token; "unknown" after steps whose padding nobody looked at.
-        self._is_plain: bool | None = True
 
     @property
     def num_tokens(self) -> int:
@@ -160,33 +155,23 @@ class SparseCacheLayer(CacheLayerMixin):
         return None if self.storage is None else self.storage.lengths
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._begin(key_states, value_states)
-
-    def _begin(self, keys: Tensor, values: Tensor, plan: ForwardPlan | None = None) -> bool:
-        """Makes the storage for these first tokens; given the plan of a forward pass without padding and packing, it
-        stores them on the way if it can. Whether it did."""
-        batch, _, num_new, head_dim = keys.shape
+        """Makes the storage for these first tokens."""
+        batch, _, num_new, head_dim = key_states.shape
         # While a sequence is shorter than its rings they would take more than they hold; but where the length is fixed,
         # only dense rows make heads part later.
         short = self.max_length is None and num_new < self.plan.parts_at
         first = self.plan.first if short or self.layout.num_dense_rows else None
-        layout = first or self.plan.storage
-        held: dict[str, Any] = {}
-        if plan is not None and self._stages is None and KVStorage.takes_run(layout, self.kv_dtype):
-            held = {"first": (keys, values), "state": _counted(plan, batch)}
         self.storage = self._new_storage(
-            layout,
+            first or self.plan.storage,
             batch=batch,
             head_dim=head_dim,
-            value_dim=values.shape[-1],
-            dtype=values.dtype,
-            device=keys.device,
+            value_dim=value_states.shape[-1],
+            dtype=value_states.dtype,
+            device=key_states.device,
             capacity=self.max_length or max(self._expected(first is not None), num_new),
             kv_dtype=self.kv_dtype,
-            **held,
         )
         self.is_initialized = True
-        return bool(held)
 
     def _new_storage(self, layout: StorageLayout, *, device: torch.device, **options: Any) -> KVStorage:
         if self._stages is None or not layout.num_linear:
@@ -212,13 +197,13 @@ class SparseCacheLayer(CacheLayerMixin):
             self.layout = layout
         return layout is self.layout
 
-    def decodes(self, query: Tensor) -> bool:
+    def decodes(self, query: Tensor, plan: ForwardPlan) -> bool:
         """Whether `decode` serves this query, one new token of each row."""
         storage = self.storage
         assert storage is not None
         if not self.plan.decodes or query.dtype != storage.dtype:
             return False
-        forced = os.environ.get(BACKEND_VARIABLE)
+        forced = plan.forced_backend()
         if self._served[:2] != (storage, forced):
             refusal = kernels_refuse(storage, query.device)
             if refusal is not None and query.device.type == "cuda":
@@ -238,7 +223,7 @@ class SparseCacheLayer(CacheLayerMixin):
         """
         storage = self.storage
         assert storage is not None
-        valid = plan.newest_valid(len(keys))
+        valid = plan.newest_valid(keys.shape[0])
         if self.max_length is None or storage.is_offloaded:
             self._make_room(self._num_tokens + 1)
         first = self._bring(plan, valid is None and self._is_plain is True) if storage.is_offloaded else None
@@ -254,26 +239,40 @@ class SparseCacheLayer(CacheLayerMixin):
             self._part(plan, self._num_tokens)
         return out
 
+    def store_at_once(self, keys: Tensor, values: Tensor, plan: ForwardPlan) -> bool:
+        """Stores the first tokens of a forward pass without padding and packing by one copy each, as a stock cache
+        does; False, with nothing done, where they are stored otherwise or heads part with them."""
+        cache, (batch, _, num_new, _) = self.plan, keys.shape
+        if self.max_length is not None or self.kv_dtype is not None or self._stages is not None:
+            return False
+        if cache.first is not None and num_new >= cache.parts_at:
+            return False
+        capacity = max(self._expected(cache.first is not None), num_new) if self.expected_tokens else num_new
+        self.storage = KVStorage.of_first(cache.first or cache.storage, keys, values, _counted(plan, batch), capacity)
+        self.is_initialized, self._num_tokens = True, num_new
+        return True
+
     def store(self, keys: Tensor, values: Tensor, plan: ForwardPlan, position_ids: Tensor | None) -> None:
         """Stores the new tokens of all KV heads, `[batch, num_kv_heads, new, head_dim]`.
 
         Raises:
             ValueError: for packed sequences, or if a cache of a fixed length has no room for them.
         """
-        seen, plain = self.num_tokens, self._look(plan, position_ids)
-        if self.storage is not None or not self._begin(keys, values, plan if plain else None):
-            storage = self.storage
-            assert storage is not None
-            positions = None if plain else self._new_positions(plan, position_ids)
-            self._make_room(seen + keys.shape[2])
-            first = self._bring(plan, plain) if storage.is_offloaded else None
-            told = {"seen": seen} if positions is None else {"positions": positions}
-            store_tokens(storage, keys, values, **told)
-            if first is not None:
-                storage.write_back(first, keys.shape[2])
-        assert self.storage is not None
+        if self.storage is None:
+            if self._look(plan, position_ids) and self.store_at_once(keys, values, plan):
+                return
+            self.lazy_initialization(keys, values)
+        storage, seen, plain = self.storage, self.num_tokens, self._look(plan, position_ids)
+        assert storage is not None
+        positions = None if plain else self._new_positions(plan, position_ids)
+        self._make_room(seen + keys.shape[2])
+        first = self._bring(plan, plain) if storage.is_offloaded else None
+        told = {"seen": seen} if positions is None else {"positions": positions}
+        store_tokens(storage, keys, values, **told)
+        if first is not None:
+            storage.write_back(first, keys.shape[2])
         self._num_tokens = seen + keys.shape[2]
-        if self.storage.layout is self.plan.first:
+        if storage.layout is self.plan.first:
             self._part(plan, self._num_tokens)
 
     def extend(
@@ -411,7 +410,8 @@ class SparseCacheLayer(CacheLayerMixin):
         raise ValueError("a SparseCache cannot be rolled back: evicted keys are gone; generate without an assistant")
 
     def reset(self) -> None:
-        self._forget()
+        for name in ("is_initialized", "storage", "_num_tokens", "_is_plain", "_served"):
+            vars(self).pop(name, None)
 
     def _apply(self, change: Any) -> None:
         if self.storage is not None:

@@ -30,7 +30,7 @@ def decode_at_once(
     layer = pending.layer
     if state.recorders or state.gate is not None or state.exchange is not None or not layer.fits(state.layout):
         return None
-    if not isinstance(plan, ForwardPlan) or not layer.decodes(query):
+    if not isinstance(plan, ForwardPlan) or not layer.decodes(query, plan):
         return None
     if layer.max_length is None:
         check_length(plan, state)
@@ -39,6 +39,27 @@ def decode_at_once(
     with torch.no_grad():
         out = layer.decode(query, pending.keys, pending.values, plan, scale)
     return _without_gradient(out, query)
+
+
+def first_at_once(
+    state: LayerState,
+    query: Tensor,
+    pending: PendingKV,
+    plan: ForwardPlan | Tensor | None,
+    position_ids: Tensor | None,
+    scale: float,
+) -> Tensor | None:
+    """Output `[batch, num_heads, q_len, head_dim]` of a growing cache's first tokens by `attend_at_once`, which are
+    stored; None for other calls. Like `decode_at_once` it asks little: the stock model takes no longer on the host."""
+    layer, keys, values = pending.layer, pending.keys, pending.values
+    if layer.storage is not None or torch.is_grad_enabled() or not layer.fits(state.layout):
+        return None
+    out = attend_at_once(state, query, keys, values, plan, position_ids, scale)
+    if out is not None:
+        assert isinstance(plan, ForwardPlan)
+        if not layer.store_at_once(keys, values, plan):
+            layer.store(keys, values, plan, position_ids)
+    return out
 
 
 def attend_cached(
@@ -66,10 +87,7 @@ def attend_cached(
         if out is None:
             check_length(plan, state)
             out = attend(state, query, keys, values, plan, position_ids, scale, ())
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                layer.store(keys, values, plan, position_ids)
-        else:
+        with torch.no_grad():
             layer.store(keys, values, plan, position_ids)
         return out
     check_length(plan, state)

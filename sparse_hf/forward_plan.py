@@ -8,6 +8,7 @@ only at the attention. The positions are worked out at the first layer and kept.
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from sparse_hf.own_positions import are_own
 from sparse_hf_kernels import TokenPositions, TracedPositions
 from sparse_hf_kernels.capture import asked_as_data, may_read
+from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,12 @@ class ForwardPlan:
         if "newest_valid" not in self.known:
             self.known["newest_valid"] = self.new_valid(batch)[:, -1].contiguous()
         return self.known["newest_valid"]
+
+    def forced_backend(self) -> str | None:
+        """The backend that the environment names, which takes as long to look up as a short Python function."""
+        if "forced_backend" not in self.known:
+            self.known["forced_backend"] = os.environ.get(BACKEND_VARIABLE)
+        return self.known["forced_backend"]
 
     @property
     def _first(self) -> int:

@@ -73,9 +73,23 @@ class CachePlan:
     parts: tuple[AttentionLayout, ...]
 
 
-@lru_cache(maxsize=1024)
+_ATTRIBUTE = "_cache_plans"
+
+
 def cache_plan(layout: AttentionLayout, per_head: bool = True) -> CachePlan:
-    """The plan of a layer; `per_head=False` keeps every key for all heads."""
+    """The plan of a layer; `per_head=False` keeps every key for all heads.
+
+    It stays on the layout: every new cache asks for those of all layers, and to look them up by value takes longer than
+    the rest of making it.
+    """
+    plans: dict[bool, CachePlan] = layout.__dict__.setdefault(_ATTRIBUTE, {})
+    if per_head not in plans:
+        plans[per_head] = _cache_plan(layout, per_head)
+    return plans[per_head]
+
+
+@lru_cache(maxsize=1024)
+def _cache_plan(layout: AttentionLayout, per_head: bool) -> CachePlan:
     kept = [_retention(pattern, layout, per_head) for pattern in layout.patterns]
     heads = tuple(map(_stored, layout.patterns, kept))
     storage = StorageLayout(heads=heads, num_dense_rows=layout.num_dense_rows, max_distance=layout.max_distance)

@@ -106,6 +106,28 @@ def test_decoding(case: Any, kind: str) -> None:
 
 
 @torch.no_grad()
+def test_a_sparse_cache_is_left_out_of_graphs(case: Any) -> None:
+    """What it holds is the same as without graphs, and its own functions are in none."""
+    tokens, steps = torch.randint(1, 99, (1, 30)), ((0, 12), (12, 20), *((n, n + 1) for n in range(20, 30)))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(case.model, dynamic=True, backend=counter)
+    cache, eager = SparseCache.for_model(case.model), SparseCache.for_model(case.model)
+    compilations = []
+    for begin, end in steps:
+        logits = run(tokens[:, begin:end], past_key_values=cache).logits
+        torch.testing.assert_close(logits, case.model(tokens[:, begin:end], past_key_values=eager).logits)
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0 and len(set(compilations[3:])) == 1, "a token more compiles again"
+    for mine, theirs in zip(cache.storages(), eager.storages(), strict=True):
+        assert torch.equal(mine.state, theirs.state) and mine.capacity == theirs.capacity
+        for group in mine.layout.groups:
+            filled = (0, min(30, group.slots(mine.capacity)))
+            torch.testing.assert_close(mine.read(group, filled), theirs.read(group, filled))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_set_head_masks_is_noticed(case: Any) -> None:
     from sparse_hf import set_head_masks
 

@@ -1,9 +1,12 @@
-"""Short calls take the host no more operations than the stock model does, and wait for the device no more often."""
+"""Short calls take the host no more operations than the stock model does, few more function calls, and wait for the
+device no more often."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from sparse_hf import SparseCache, SparseConfig, Streaming, capture, sparsify, unsparsify
+from sparse_hf import SparseCache, SparseConfig, Streaming, capture, set_head_masks, sparsify, unsparsify
+from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.own_positions import are_own
 from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 from sparse_hf_kernels.kv_cache import HeadStorage, KVStorage, StorageLayout, counted_states
@@ -105,6 +109,66 @@ def test_a_prefill_is_no_more_work(stock: Any, sparse: Any, ids: Tensor, cached:
     assert ours.waits <= theirs.waits
 
 
+def python_calls(run: Callable[[], Any]) -> int:
+    """Of functions written in Python, which take as long as what they ask."""
+    run()  # what is made once for all calls
+    found = 0
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal found
+        found += event == "call"
+
+    with torch.no_grad():
+        sys.setprofile(note)
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+    return found
+
+
+def test_a_prefill_is_few_more_calls(stock: Any, sparse: Any, ids: Tensor) -> None:
+    theirs = python_calls(lambda: stock(ids, past_key_values=DynamicCache(config=stock.config)))
+    ours = python_calls(lambda: sparse(ids, past_key_values=SparseCache.for_model(sparse)))
+    # Which spare two tensors a layer, each as long as some ten calls. Per forward pass the plan is made and asked.
+    assert ours - theirs <= 8 * NUM_LAYERS + 30
+
+
+def test_a_cache_is_made_as_fast_as_a_stock_one(stock: Any, sparse: Any) -> None:
+    def made() -> SparseCache:
+        return SparseCache.for_model(sparse)
+
+    assert python_calls(made) <= python_calls(lambda: DynamicCache(config=stock.config))
+    before = [layer.plan for layer in made().layers]
+    assert all(layer.plan is plan for layer, plan in zip(made().layers, before, strict=True))
+    set_head_masks(sparse, torch.ones(NUM_LAYERS, 2))
+    assert all(layer.plan.storage.is_linear for layer in made().layers) and not before[1].storage.is_linear
+
+
+def test_the_environment_is_asked_once_per_forward_pass(sparse: Any, ids: Tensor, monkeypatch: Any) -> None:
+    cache = SparseCache.for_model(sparse)
+    with torch.no_grad():
+        sparse(ids, past_key_values=cache)
+    asked: list[str] = []
+    original = os.environ.get
+
+    def get(name: str, default: str | None = None) -> str | None:
+        asked.append(name)
+        return original(name, default)
+
+    def step() -> list[bool]:
+        plan = ForwardPlan(q_len=1, kv_len=13, q_offset=12, kv_offset=0, padding_mask=None, device=ids.device)
+        return [layer.decodes(torch.zeros(1, 4, 1, 16), plan) for layer in cache.layers]
+
+    step()  # each storage is looked at
+    monkeypatch.setattr(os.environ, "get", get)
+    step()
+    assert asked == [BACKEND_VARIABLE]
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    assert not any(step())
+    assert asked.count(BACKEND_VARIABLE) > NUM_LAYERS, "another backend makes each storage be looked at again"
+
+
 def test_position_ids_are_looked_at_unless_the_model_makes_them(sparse: Any, ids: Tensor) -> None:
     def logits(call: Callable[..., Any], **given: Any) -> Tensor:
         with torch.no_grad():
@@ -157,10 +221,9 @@ def test_what_is_stored_is_nobody_elses(room: int) -> None:
     """Even where keys and values come just as they are stored."""
     k, v = (torch.randn(2, 3, 12, 8, requires_grad=True) for _ in range(2))
     layout = StorageLayout(heads=(HeadStorage(),) * 3)
-    shape: dict[str, Any] = {"batch": 2, "head_dim": 8, "value_dim": 8, "dtype": k.dtype, "device": k.device}
     states = counted_states(3, 2, 12, k.device)
     with torch.no_grad():
-        storage = KVStorage(layout, **shape, capacity=room, first=(k, v), state=states[1])
+        storage = KVStorage.of_first(layout, k, v, states[1], room)
     (keys,), (values,) = storage.read(layout.groups[0], (0, 12))
     assert torch.equal(keys, k) and torch.equal(values, v)
     assert not storage.keys.requires_grad and not storage.values.requires_grad

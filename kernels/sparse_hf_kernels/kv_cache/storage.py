@@ -37,9 +37,6 @@ class KVStorage:
         device: of the tensors.
         capacity: tokens that linear heads have room for.
         kv_dtype: how they are stored; None as they come.
-        first: keys and values `[batch, num_kv_heads, new, head_dim]` of tokens 0 on, stored from the start; copied in
-            any case, so that nobody else holds what is stored. Only where `takes_run`.
-        state: what `state` is at first, with `first` counted; by default that of an empty storage. Kept, not copied.
 
     Attributes:
         state: int32 `[1 + batch]`: slots that queries came in, padding included, then the tokens of each row. On the
@@ -61,27 +58,54 @@ class KVStorage:
         device: torch.device,
         capacity: int,
         kv_dtype: KVDtype | None = None,
-        first: tuple[Tensor, Tensor] | None = None,
-        state: Tensor | None = None,
     ) -> None:
-        self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
         stored = dtype if kv_dtype is None else QUANTIZED[kv_dtype][0]
         slots = layout.row_slots(capacity)
-        if first is None or first[0].shape[2] < capacity:
-            self.keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
-            self.values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
-            if first is not None:
-                self._copy_run(*first, 0)
-        else:
-            # One operation each, as when a stock cache puts them behind nothing.
-            self.keys, self.values = (x.clone(memory_format=torch.contiguous_format).flatten(1, 2) for x in first)
-        self.k_scales = self.v_scales = _no_scales(device)
+        keys = torch.empty(batch, slots, head_dim, dtype=stored, device=device)
+        values = torch.empty(batch, slots, value_dim, dtype=stored, device=device)
+        state = torch.zeros(1 + batch, dtype=torch.int32, device=device)
+        self._hold(layout, capacity, keys, values, state, dtype, kv_dtype)
         if kv_dtype is not None:
             self.k_scales, self.v_scales = (
                 torch.empty(batch, slots, dtype=torch.float32, device=device) for _ in range(2)
             )
-        assert first is None or state is not None
-        self.state = torch.zeros(1 + batch, dtype=torch.int32, device=device) if state is None else state
+
+    @classmethod
+    def of_first(cls, layout: StorageLayout, k: Tensor, v: Tensor, state: Tensor, capacity: int) -> KVStorage:
+        """A storage that holds tokens 0 on, made in as few operations as a stock cache takes.
+
+        Args:
+            layout: of linear heads alone.
+            k, v: `[batch, num_kv_heads, new, head_dim]`; copied in any case, so that nobody else holds what is stored.
+            state: with these tokens counted, see `counted_states`. Kept, not copied.
+            capacity: tokens that there is room for, `new` or more.
+        """
+        batch, num_heads, num_new, head_dim = k.shape
+        k_shape, v_shape = (batch, num_heads * capacity, head_dim), (batch, num_heads * capacity, v.shape[3])
+        storage = cls.__new__(cls)
+        if num_new == capacity:
+            keys = k.clone(memory_format=torch.contiguous_format).view(k_shape)
+            values = v.clone(memory_format=torch.contiguous_format).view(v_shape)
+            storage._hold(layout, capacity, keys, values, state, v.dtype, None)
+        else:
+            storage._hold(layout, capacity, k.new_empty(k_shape), v.new_empty(v_shape), state, v.dtype, None)
+            storage._copy_run(k, v, 0)
+        return storage
+
+    def _hold(
+        self,
+        layout: StorageLayout,
+        capacity: int,
+        keys: Tensor,
+        values: Tensor,
+        state: Tensor,
+        dtype: torch.dtype,
+        kv_dtype: KVDtype | None,
+    ) -> None:
+        """Becomes the storage in these tensors; scales, where there are any, are not yet among them."""
+        self.layout, self.capacity, self.dtype, self.kv_dtype = layout, capacity, dtype, kv_dtype
+        self.keys, self.values, self.state = keys, values, state
+        self.k_scales = self.v_scales = _no_scales(values.device)
         self.launches: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,15 +179,10 @@ class KVStorage:
         part = x[:, group.first_slot : group.first_slot + len(group.heads) * slots]
         return part.unflatten(1, (len(group.heads), slots))
 
-    @staticmethod
-    def takes_run(layout: StorageLayout, kv_dtype: KVDtype | None) -> bool:
-        """Tokens that come one after the other are stored by a plain copy."""
-        return kv_dtype is None and layout.is_linear
-
     def write_run(self, k: Tensor, v: Tensor, seen: int) -> bool:
         """Stores tokens `[batch, num_kv_heads, new, head_dim]` from slot `seen` on by a plain copy; False where heads
         do not all keep them as they come."""
-        if not self.takes_run(self.layout, self.kv_dtype):
+        if self.kv_dtype is not None or not self.layout.is_linear:
             return False
         self._copy_run(k, v, seen)
         return True
