@@ -87,8 +87,8 @@ def test_generation_goes_through_the_per_head_cache(
     made: list[SparseCache] = []
     original = SparseCache.for_model.__func__  # type: ignore[attr-defined]
 
-    def spy(cls: Any, model: Any) -> SparseCache:
-        made.append(original(cls, model))
+    def spy(cls: Any, model: Any, **options: Any) -> SparseCache:
+        made.append(original(cls, model, **options))
         return made[-1]
 
     monkeypatch.setattr(SparseCache, "for_model", classmethod(spy))

@@ -39,7 +39,7 @@ class DecodeConfig:
     programs: int = 2
     min_share: int = 1
     head_cost: int = 2
-    merged_bytes: int = 65536
+    merged_bytes: int = 32768
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:

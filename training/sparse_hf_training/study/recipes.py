@@ -73,8 +73,17 @@ def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLea
 
 
 def prulong_mended(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
-    """PruLong's rates and schedule with what is mended here: the closed-form penalty, no decay, bounds of 10."""
-    config, objective = _prulong(bench, head_sparsity, 10.0), ObjectiveConfig(lm=1.0, kl=0.0)
+    """PruLong's loss and schedules with what is mended here: the closed-form penalty, no decay, bounds, lower rates.
+
+    At the rates as published gates overshoot in the few hundred steps of a study, and end open, all of them.
+    """
+    ours = MaskLearningConfig()
+    config = replace(
+        _prulong(bench, head_sparsity, 10.0),
+        mask_learning_rate=ours.mask_learning_rate,
+        reg_learning_rate=ours.reg_learning_rate,
+    )
+    objective = ObjectiveConfig(lm=1.0, kl=0.0)
     return _learned(bench.train(model, "masks", bench.text_rows(), objective, config))
 
 
