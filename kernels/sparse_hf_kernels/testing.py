@@ -1,4 +1,4 @@
-"""Tolerances for tests and benchmarks, relative to what the precision itself costs."""
+"""What tests and benchmarks assert: tolerances relative to what the precision costs, counters of decode launches."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def assert_close_to_truth(actual: Tensor, same_precision: Tensor, truth: Tensor,
         raise AssertionError(
             f"{name}: relative error {error:.2e} exceeds {baseline:.2e} of the same precision + {eps:.0e}"
         )
+
+
+def parts_left(counters: Tensor) -> list[int]:
+    """How many programs left a part of each row (0: one had it to itself) in the last of the decode launches with these
+    counters, see `Workspace`.
+
+    Raises:
+        AssertionError: if it did not leave them as the next one needs them.
+    """
+    values, rows = counters.tolist(), (len(counters) - 2) // 2
+    (ended, turn), sets = values[:2], (values[2 : 2 + rows], values[2 + rows :])
+    if ended != 0 or turn not in (0, 1) or any(sets[turn]):
+        raise AssertionError(f"expected 0, a turn and its counters at 0 (one of two sets), got {ended}, {turn}, {sets}")
+    return sets[1 - turn]

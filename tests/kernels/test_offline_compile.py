@@ -98,8 +98,6 @@ SPILLS: dict[tuple[str, int], dict[int, int]] = {
     ("_column_forward_kernel", 100): {256: 16},
     ("_column_dkdv_kernel", 120): {64: 96, 128: 48},
     ("_column_forward_kernel", 120): {64: 96},
-    ("_decode_kernel", 90): {64: 48, 128: 128},
-    ("_decode_kernel", 80): {128: 80},
 }
 """Bytes that (kernel and form, arch) may spill by head dimension, 0 where it is not named: the largest over dtypes and
 layouts with the ptxas that comes with Triton 3.6.0, rounded up."""

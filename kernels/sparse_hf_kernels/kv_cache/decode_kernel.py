@@ -1,15 +1,17 @@
-"""One new token of each row against what its heads keep: split over programs, merged by the last to arrive.
+"""One new token of each row against what its heads keep: split over programs, which merge together what they share.
 
 Every head of every row has its own number of blocks. Laid end to end, they are shared out evenly: program p takes the
 p-th share, which may begin and end amid a head. A head within one share is finished there. Of one that is spread over
-several, each program leaves its part of the softmax, and the one that arrives last merges them. All programs read the
-lengths; the last one to have done so counts the new token, so that a captured graph goes on by itself.
+several, each program leaves its part of the softmax. Once it has left all of its parts, and not before, it waits for
+those of the head that it began amid, and merges a slice of them: as no program waits before its last part is left, and
+all of them are on the device at once, all parts come. All programs read the lengths; the last one to have done so
+counts the new token, so that a captured graph goes on by itself.
 """
 
 import triton
 import triton.language as tl
 
-from sparse_hf_kernels.kv_cache.parts import NEVER, leave
+from sparse_hf_kernels.kv_cache.parts import NEVER, leave, merge
 from sparse_hf_kernels.kv_cache.store_kernel import quantized
 
 LARGEST_DISTANCE = tl.constexpr(2**30)
@@ -124,6 +126,18 @@ def _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale):
 
 
 @triton.jit
+def _settled(top, total, acc, is_full, is_valid, HAS_VALID: tl.constexpr):
+    """The same where no output is to come of it: after a linear head has run out of room nothing right can follow, so
+    NaN, no silent number; and a row without a new token gives 0."""
+    total = tl.where(is_full, float("nan"), total)
+    if HAS_VALID:
+        top = tl.where(is_valid, top, NEVER)
+        total = tl.where(is_valid, total, 0.0)
+        acc = tl.where(is_valid, acc, 0.0)
+    return top, total, acc
+
+
+@triton.jit
 def _store_new(
     k_new, v_new, slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
     D: tl.constexpr, BD: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
@@ -145,17 +159,29 @@ def _store_new(
 
 
 @triton.jit
-def _count_token(state_ptr, slots, lengths, valid, rows, exists, KV_HEADS: tl.constexpr):
-    """One more slot, and one more token in each row that has a new one. The heads of a row all write the same."""
+def _count_token(
+    state_ptr, counters_ptr, slots, lengths, valid, turn, rows, exists, num_rows, KV_HEADS: tl.constexpr
+):  # fmt: skip
+    """One more slot, and one more token in each row that has a new one. The heads of a row all write the same.
+
+    The next launch takes the other counters, from 0; those of this one are still waited on.
+    """
     tl.store(state_ptr + 1 + rows // KV_HEADS, lengths + valid.to(tl.int32), mask=exists)
     tl.store(state_ptr, slots + 1)
+    tl.store(counters_ptr + 2 + (1 - turn) * num_rows + rows, 0, mask=exists)
+    tl.store(counters_ptr, 0)
+    tl.store(counters_ptr + 1, 1 - turn)
 
 
 @triton.jit
-def _read(state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr, HAS_VALID: tl.constexpr):
-    """Length, table entries and validity of every row, and the slots before; all on their way at once."""
+def _read(
+    state_ptr, counters_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr, HAS_VALID: tl.constexpr
+):  # fmt: skip
+    """Length, table entries and validity of every row, the slots before, and which of the two sets of counters is this
+    launch's; all on their way at once."""
     all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
     slots_before = tl.load(state_ptr)
+    turn = tl.load(counters_ptr + 1)
     table = heads_ptr + (rows % KV_HEADS) * 4
     all_recent = tl.load(table, mask=exists, other=0)
     all_sinks = tl.load(table + 1, mask=exists, other=0)
@@ -164,7 +190,7 @@ def _read(state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr,
     all_valid = exists
     if HAS_VALID:
         all_valid = tl.load(valid_ptr + rows // KV_HEADS, mask=exists, other=0) != 0
-    return all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before
+    return all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before, turn
 
 
 @triton.jit
@@ -201,25 +227,22 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     capacity, ring_slots, num_linear, num_rows, num_dense_rows, max_distance, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr,
-    MERGED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr, BM: tl.constexpr,
     HAS_VALID: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
-    `out [batch, num_heads, D]` is contiguous; `counters [num_rows + 1 + 2 * programs]` are 0 before and after. `scale`
-    includes log2(e). `acc [programs, 2, GROUP, D]` and `stat [programs, 2, 2, GROUP]` are scratch.
+    `out [batch, num_heads, D]` is contiguous. `scale` includes log2(e). acc, stat and counters: see `Workspace`. WAITS:
+    all programs are resident at once; else the last that leaves its part of a head merges the whole head.
     """
-    programs = tl.num_programs(0)
+    pid, programs = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows
-    all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before = _read(
-        state_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS, HAS_VALID
+    all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before, turn = _read(
+        state_ptr, counters_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS, HAS_VALID
     )
-    _all_sinks, _all_firsts, counts, _all_lows = _blocks(
-        all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN
-    )
+    _, _, counts, _ = _blocks(all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN)
     # A head's first units of work are none: they stand for what beginning with a head takes.
     units = tl.where(exists, counts + HEAD_COST, 0)
     ends = tl.cumsum(units, 0)
@@ -230,7 +253,9 @@ def _decode_kernel(
     in_dims = dims < D
     q_mask = (g < GROUP)[:, None] & in_dims[None, :]
     row_slots = ring_slots + num_linear.to(tl.int64) * capacity
+    arrivals_ptr = counters_ptr + 2 + turn * num_rows
     done = tl.full([], -1, tl.int32)
+    amid_row, amid_first, amid_last, arrived = done, done, done, done
     while unit < stop:
         here = (unit < ends) & (unit >= ends - units)
         row = _pick(rows, here)
@@ -273,19 +298,25 @@ def _decode_kernel(
                         k_new, v_new, base + new_slot, keys_ptr, values_ptr, k_scales_ptr, v_scales_ptr,
                         D, BD, QUANTIZED, ROUNDS, LARGEST,
                     )  # fmt: skip
-
-            # Where a linear head has no room left, nothing right can follow: no silent number.
-            total = tl.where(linear & (length > capacity), float("nan"), total)
-            done = leave(
-                top, total, acc, out_ptr + (b * KV_HEADS + head) * (GROUP * D), acc_ptr, stat_ptr, counters_ptr,
-                row, num_rows, is_valid, _holder(begin, share, extra), _holder(end - 1, share, extra), end >= stop,
-                GROUP, BG, BM, D, BD, MERGED,
+            top, total, acc = _settled(top, total, acc, linear & (length > capacity), is_valid, HAS_VALID)
+            head_first, head_last = _holder(begin, share, extra), _holder(end - 1, share, extra)
+            came, done = leave(
+                top, total, acc, out_ptr + row.to(tl.int64) * (GROUP * D), acc_ptr, stat_ptr, arrivals_ptr + row,
+                counters_ptr, head_first, head_last, end >= stop, GROUP, BG, BM, D, BD, WAITS,
             )  # fmt: skip
+            if head_first < pid:
+                amid_row, amid_first, amid_last, arrived = row, head_first, head_last, came
         unit = end
 
     if done < 0:
-        done = tl.atomic_add(counters_ptr + num_rows, 1, sem="relaxed")
-    if done == programs - 1:
-        # All have read the lengths.
-        tl.store(counters_ptr + num_rows, 0)
-        _count_token(state_ptr, slots_before, all_lengths, all_valid, rows, exists, KV_HEADS)
+        tl.debug_barrier()  # all warps have read the lengths
+        done = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    if done == programs - 1:  # all programs have
+        _count_token(
+            state_ptr, counters_ptr, slots_before, all_lengths, all_valid, turn, rows, exists, num_rows, KV_HEADS
+        )
+    if WAITS & (amid_row >= 0):
+        merge(
+            out_ptr + amid_row.to(tl.int64) * (GROUP * D), acc_ptr, stat_ptr, arrivals_ptr + amid_row, arrived,
+            amid_first, amid_last, pid - amid_first - 1, GROUP, BM, D, BD,
+        )  # fmt: skip

@@ -18,6 +18,11 @@ from sparse_hf_kernels.kv_cache.store_kernel import _store_kernel
 
 LOG2E = 1.4426950408889634
 TOKENS_PER_PROGRAM = 32
+INTERPRETED = not isinstance(_decode_kernel, triton.JITFunction)
+"""Kernels run on the host, program after program, where waiting for another one would never end."""
+
+RESERVED_SHARED = 1024
+"""Bytes of shared memory that a program takes beside its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,9 @@ class DecodeConfig:
     Args:
         block: slots that a program visits at once.
         num_warps, num_stages: of the launch; stages of loads in flight.
-        programs: per multiprocessor.
+        programs: per multiprocessor, at most: fewer where no more fit.
         min_share: blocks that a program takes at least, so that short contexts need no merge.
         head_cost: blocks that a program could read in the time that beginning with another head takes.
-        merged_bytes: of the parts of a head that are on their way at once when they are merged.
     """
 
     block: int
@@ -39,7 +43,6 @@ class DecodeConfig:
     programs: int = 2
     min_share: int = 1
     head_cost: int = 2
-    merged_bytes: int = 32768
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
@@ -56,6 +59,31 @@ def num_programs(device: torch.device, per_multiprocessor: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
 
 
+def fitting(shared: int, registers: int, num_warps: int, properties: Any) -> int:
+    """How many programs a multiprocessor holds at once.
+
+    Args:
+        shared: bytes of shared memory that a program takes.
+        registers: of each of its threads.
+        num_warps: of a program.
+        properties: as `torch.cuda.get_device_properties` has them.
+    """
+    by_shared = properties.shared_memory_per_multiprocessor // (-(-shared // 128) * 128 + RESERVED_SHARED)
+    # Each quarter of a multiprocessor has warps and registers of its own, and gives them out in eights.
+    warps = 4 * (properties.regs_per_multiprocessor // 4 // (-(-registers // 8) * 8 * 32))
+    warps = min(warps, properties.max_threads_per_multi_processor // 32)
+    return min(by_shared, warps // num_warps)
+
+
+def resident_programs(kernel: Any, device: torch.device) -> int:
+    """`fitting` of a compiled kernel."""
+    _ = kernel.run  # loads it, which tells its registers
+    properties = torch.cuda.get_device_properties(device)
+    found = fitting(kernel.metadata.shared, kernel.n_regs, kernel.metadata.num_warps, properties)
+    assert found, "what can be loaded fits once"
+    return found
+
+
 @lru_cache(maxsize=1)
 def only_device() -> bool:
     """There is at most one GPU, so that it is the current one."""
@@ -63,15 +91,23 @@ def only_device() -> bool:
 
 
 class Workspace:
-    """Scratch of decode launches on one device, for all layers of a cache: they run one after the other."""
+    """Scratch of decode launches on one device, for all layers of a cache: they run one after the other.
+
+    Attributes:
+        parts, stats: what programs leave of the at most two heads that each shares with others: weighted values
+            `[programs, 2, group, head_dim]`, and maximum and sum of weights `[programs, 2, 2, group]`.
+        counters: int32 `[2 + 2 * rows]`: how many programs have ended, 0 between launches; which of two sets is the
+            next launch's; and the sets: for each row, how many programs have left their part. As programs wait on a
+            launch's set to its end, it clears the other one instead, for the launch after it.
+    """
 
     def __init__(self, device: torch.device, rows: int, group: int, head_dim: int, programs: int) -> None:
         self.parts = torch.empty(programs, 2, group, head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(programs, 2, 2, group, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(rows + 1 + 2 * programs, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(2 + 2 * rows, dtype=torch.int32, device=device)
 
     def fits(self, rows: int, group: int, head_dim: int, programs: int) -> bool:
-        return self.counters.shape[0] == rows + 1 + 2 * programs and self.parts.shape == (programs, 2, group, head_dim)
+        return self.counters.shape[0] == 2 + 2 * rows and self.parts.shape == (programs, 2, group, head_dim)
 
 
 def quantized_options(kv_dtype: KVDtype | None) -> dict[str, Any]:
@@ -96,14 +132,17 @@ def decode_options(
         "ROWS": triton.next_power_of_2(batch * num_kv_heads),
         "MIN_SHARE": config.min_share,
         "HEAD_COST": config.head_cost,
-        "MERGED": max(1, config.merged_bytes // (4 * triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))),
         "BM": triton.next_power_of_2(group),
         "HAS_VALID": valid,
         **quantized_options(storage.kv_dtype),
         "STAGES": config.num_stages,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "WAITS": not INTERPRETED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        # Programs that wait for each other have to be on the device at once, also beside other kernels: this way a
+        # launch is refused where they cannot be.
+        "launch_cooperative_grid": not INTERPRETED,
     }
 
 
@@ -176,17 +215,22 @@ def decode_fused(
         bound(*pointers, None if valid is None else valid.data_ptr())
         return out, bound.work
     num_kv_heads = k.shape[1]
-    programs = num_programs(q.device, decode_config(head_dim, storage.keys.element_size()).programs)
-    shape = batch * num_kv_heads, num_heads // num_kv_heads, head_dim, programs
+    most = decode_config(head_dim, storage.keys.element_size()).programs
+    shape = batch * num_kv_heads, num_heads // num_kv_heads, head_dim, num_programs(q.device, most)
     if work is None or not work.fits(*shape):
         work = Workspace(q.device, *shape)
     arguments = decode_arguments(q, k, v, out, storage, work, scale, valid)
     options = decode_options(num_heads, num_kv_heads, head_dim, batch, q.dtype, storage, has_valid)
+    if INTERPRETED:
+        _decode_kernel[(num_programs(q.device, most),)](*arguments, **options)
+        return out, work
     with torch.cuda.device_of(q):
-        kernel = _decode_kernel[(programs,)](*arguments, **options)
-    if kernel is not None:  # as Triton's interpreter has none
+        kernel = _decode_kernel.warmup(*arguments, grid=(1,), **options)
+        programs = num_programs(q.device, min(most, resident_programs(kernel, q.device)))
         constants = tuple(options[name] for name in _decode_kernel.arg_names[len(arguments) :])
-        storage.launches[key] = BoundLaunch(kernel, (*arguments, *constants), (programs, 1, 1), work)
+        bound = BoundLaunch(kernel, (*arguments, *constants), (programs, 1, 1), work)
+        bound(*pointers, None if valid is None else valid.data_ptr())
+    storage.launches[key] = bound
     return out, work
 
 

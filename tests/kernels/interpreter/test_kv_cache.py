@@ -22,6 +22,8 @@ from sparse_hf_kernels.kv_cache import (
     launch,
     store_tokens,
 )
+from sparse_hf_kernels.kv_cache.parts import FEW, MANY
+from sparse_hf_kernels.testing import parts_left
 
 CPU = torch.device("cpu")
 HEADS = (
@@ -43,12 +45,20 @@ class Twins:
     """The same tokens to a storage by the kernels, to one in plain torch, and to the words."""
 
     def __init__(
-        self, layout: StorageLayout, batch: int, dim: int, dtype: torch.dtype, kv_dtype: KVDtype | None, history: Any
+        self,
+        layout: StorageLayout,
+        batch: int,
+        dim: int,
+        dtype: torch.dtype,
+        kv_dtype: KVDtype | None,
+        history: Any,
+        capacity: int = 620,
     ) -> None:
-        shape = {"batch": batch, "head_dim": dim, "value_dim": dim, "dtype": dtype, "device": CPU, "capacity": 620}
+        shape = {"batch": batch, "head_dim": dim, "value_dim": dim, "dtype": dtype, "device": CPU, "capacity": capacity}
         self.fused, self.plain = (KVStorage(layout, **shape, kv_dtype=kv_dtype) for _ in range(2))  # type: ignore[arg-type]
         self.history = history(layout, batch, kv_dtype)
         self.work: Any = None
+        self.parts: list[int] = []  # of each row, in the last step
         assert kernels_refuse(self.fused, CPU) is None
 
     @staticmethod
@@ -73,7 +83,7 @@ class Twins:
         out, self.work = decode_attention(q, k, v, self.fused, scale=scale, valid=valid, work=self.work)
         self.in_torch(lambda: decode_attention(q, k, v, self.plain, scale=scale, valid=valid))
         self.history.add(k, v, rows[:, None])
-        assert not self.work.counters.any()
+        self.parts = parts_left(self.work.counters)
         return out, expected
 
     def assert_same_storage(self) -> None:
@@ -164,33 +174,57 @@ def test_a_linear_head_without_room(new_tokens: Callable) -> None:
     assert storage.state.tolist() == [23] * 3
 
 
-@pytest.mark.usefixtures("poison_empty")
-@pytest.mark.parametrize(
-    ("programs", "config"),
-    [
-        (8, {"merged_bytes": 1}),
-        (13, {"merged_bytes": 2048, "head_cost": 3}),
-        (37, {"merged_bytes": 1024, "head_cost": 0, "min_share": 2}),
-        (90, {"merged_bytes": 2048}),
-        (1, {}),
-    ],
-    ids=str,
-)
-def test_shares_of_any_size(
-    programs: int, config: dict[str, int], monkeypatch: pytest.MonkeyPatch, kv_history: Any, new_tokens: Callable
-) -> None:
-    """Heads spread over many programs, merged at once or by groups whose ends lie anywhere; programs without work."""
+SHARED = [
+    (1, {}, 3, 24, None),
+    (8, {}, 1, 24, None),
+    (13, {"head_cost": 3}, 4, 64, "int8"),
+    (37, {"head_cost": 0, "min_share": 2}, 8, 128, None),
+    (37, {"head_cost": 1}, 8, 64, None),
+    (90, {}, 3, 24, None),
+    (90, {"head_cost": 0}, 1, 128, "int8"),
+]
+"""Programs, how work is cut up, query heads per KV head, dimensions and how keys are stored."""
+
+
+def spread(
+    monkeypatch: pytest.MonkeyPatch, programs: int, config: dict[str, int], layout: StorageLayout, length: int,
+    group: int, dim: int, kv_dtype: KVDtype | None, history: Any, new_tokens: Callable,
+) -> Twins:  # fmt: skip
+    """Two ragged rows of up to `length` tokens, for so many programs."""
     monkeypatch.setattr(launch, "num_programs", lambda *_: programs)
     monkeypatch.setattr(launch, "decode_config", lambda *_: launch.DecodeConfig(block=16, **config))
-    twins = Twins(FAR, 2, 24, torch.float32, None, kv_history)
-    real = torch.rand(2, 610) > 0.2
+    twins = Twins(layout, 2, dim, torch.float32, kv_dtype, history, length + 10)
+    real = torch.rand(2, length) > 0.2
     real[0] = True
-    twins.store(*new_tokens(2, 2, 610, 24, torch.float32), real)
+    twins.store(*new_tokens(2, len(layout.heads), length, dim, torch.float32), real)
+    return twins
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize(("programs", "config", "group", "dim", "kv_dtype"), SHARED, ids=str)
+def test_shares_of_any_size(
+    programs: int, config: dict[str, int], group: int, dim: int, kv_dtype: KVDtype | None,
+    monkeypatch: pytest.MonkeyPatch, kv_history: Any, new_tokens: Callable,
+) -> None:  # fmt: skip
+    """Heads spread over many programs, whose shares end anywhere; programs without work."""
+    twins = spread(monkeypatch, programs, config, FAR, 610, group, dim, kv_dtype, kv_history, new_tokens)
     for step in range(2):
         valid = None if step == 0 else torch.tensor([True, False])
-        out, expected = twins.step(*new_tokens(2, 2, 1, 24, torch.float32, 3), valid, 24**-0.5)
+        out, expected = twins.step(*new_tokens(2, 2, 1, dim, torch.float32, group), valid, dim**-0.5)
         torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
         twins.assert_same_storage()
+        assert (max(twins.parts) > 1) == (programs > 1)
+
+
+@pytest.mark.usefixtures("poison_empty")
+def test_more_parts_than_are_read_at_once(
+    monkeypatch: pytest.MonkeyPatch, kv_history: Any, new_tokens: Callable
+) -> None:
+    layout, group, dim = StorageLayout(heads=(HeadStorage(),)), 3, 80
+    twins = spread(monkeypatch, 280, {}, layout, 16 * (MANY.value + 9), group, dim, None, kv_history, new_tokens)
+    out, expected = twins.step(*new_tokens(2, 1, 1, dim, torch.float32, group), None, dim**-0.5)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=3e-6)
+    assert FEW.value < min(twins.parts) < MANY.value < max(twins.parts)
 
 
 @pytest.mark.usefixtures("poison_empty")
