@@ -11,11 +11,17 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from sparse_hf.forward_plan import ForwardPlan
 from sparse_hf.layer_state import LayerState
 from sparse_hf_kernels import AttentionLayout
 from sparse_hf_kernels.sparse_attention.sdpa import takes_at_once
+
+FLASH_TOKENS = 512
+"""Of all rows of a batch together: up to so many, calls go to the flash kernel by name. On Hopper SDPA prefers cuDNN,
+whose kernels take less time on the device but more to launch. At 512 tokens a whole model is bound by the host, at 2048
+by the device (`docs/benchmarks/end_to_end.md`)."""
 
 
 def check_length(plan: ForwardPlan, state: LayerState) -> None:
@@ -47,8 +53,12 @@ def attend_at_once(
         check_length(plan, state)
         plan.at_once = _are_at_once(query, key, value, plan, position_ids)
         plan.grouped = query.shape[1] != key.shape[1]
+        plan.flash = plan.at_once and _is_flash(query, key, value, plan)
     if not plan.at_once:
         return None
+    if plan.flash and not torch.compiler.is_compiling():
+        # Not by `torch.ops`, which takes the host longer; but only that can be traced, and graphs need no such haste.
+        return torch._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[0]
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=plan.grouped)
 
 
@@ -65,6 +75,15 @@ def _are_at_once(query: Tensor, key: Tensor, value: Tensor, plan: ForwardPlan, p
     fixed_order = torch.are_deterministic_algorithms_enabled()
     layout = _dense_layout(key.shape[1])
     return takes_at_once(query, key, value, layout, None, None, fixed_order) and plan.is_plain(position_ids)
+
+
+def _is_flash(query: Tensor, key: Tensor, value: Tensor, plan: ForwardPlan) -> bool:
+    """Whether the flash kernel serves these calls: they are short, and it is neither unfit nor switched off, as within
+    torch's `sdpa_kernel`."""
+    if query.shape[0] * plan.q_len > FLASH_TOKENS:
+        return False
+    # SDPA would pad a head_dim that is no multiple of 8, which `sparsify` refuses.
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, plan.grouped))
 
 
 @lru_cache

@@ -60,9 +60,10 @@ class ForwardPlan:
         self.q_len, self.kv_len, self.q_offset, self.kv_offset = q_len, kv_len, q_offset, kv_offset
         self.padding_mask, self.device, self.own_ids = padding_mask, device, own_ids
         self.known: dict[str, Any] = {}  # what layers share that cannot be traced
-        # Of `attend_at_once`: whether SDPA serves layers that are dense at this length, and heads share keys.
+        # Of `attend_at_once`: whether SDPA serves layers that are dense at this length, heads share keys, and its flash
+        # kernel is called by name.
         self.at_once: bool | None = None
-        self.grouped = False
+        self.grouped = self.flash = False
         self._positions: TokenPositions | TracedPositions | None = None
         self._look: tuple[Tensor | None, bool] | None = None
         self._elsewhere: dict[torch.device, ForwardPlan] = {}

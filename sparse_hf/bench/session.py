@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_hf.bench.check import WrongResultError, check_backward, check_forward
 from sparse_hf.bench.contenders import Call, Contender, MixedHF, SparseHF
-from sparse_hf.bench.timing import Clock, Sample, alternate
+from sparse_hf.bench.timing import MIN_ROUNDS, Clock, Sample, alternate
 from sparse_hf.bench.workload import Direction, Shape, density, make_inputs, selected_density, useful_flops
 from sparse_hf_kernels import AttentionLayout, TokenPositions
 from sparse_hf_kernels.mixed_attention import mixed_attention_reference
@@ -107,6 +107,7 @@ class Session:
         chain_clock: for calls in a row, host time included.
         peers: whom to compare with.
         budget_ms: measuring time per contender.
+        min_rounds: at least so many calls of each, whatever they take.
         matmul_size: of the product that stands for the ceiling.
         inputs: makes q, k and v of a shape, leaves; the same ones each time.
     """
@@ -116,6 +117,7 @@ class Session:
     chain_clock: Clock
     peers: Sequence[Contender]
     budget_ms: float
+    min_rounds: int = MIN_ROUNDS
     matmul_size: int = 8192
     inputs: Callable[[Shape, torch.device], tuple[Tensor, Tensor, Tensor]] = make_inputs
     measurements: list[Measurement] = field(default_factory=list)
@@ -163,7 +165,9 @@ class Session:
             runs[entry.label] = run
             ready[entry.label] = (entry, error, peak, kept)
         found = {}
-        for label, sample in alternate(runs, clock or self.clock, budget_ms=self.budget_ms).items():
+        clock = clock or self.clock
+        samples = alternate(runs, clock, budget_ms=self.budget_ms, min_rounds=self.min_rounds)
+        for label, sample in samples.items():
             entry, error, peak, kept = ready[label]
             found[label] = self._measurement(case, entry, direction, sample, error, peak, kept)
         self.measurements += found.values()
@@ -175,7 +179,7 @@ class Session:
     def time(self, case: str, shape: Shape | None, calls: Mapping[str, Callable[[], object]]) -> dict[str, Sample]:
         """Times calls that are no attention. What fails is kept with the reason."""
         runs = {label: call for label, call in calls.items() if self.attempt(case, label, call)}
-        samples = alternate(runs, self.clock, budget_ms=self.budget_ms)
+        samples = alternate(runs, self.clock, budget_ms=self.budget_ms, min_rounds=self.min_rounds)
         self.others += [Other(case=case, label=label, shape=shape, sample=sample) for label, sample in samples.items()]
         self.free()
         return samples

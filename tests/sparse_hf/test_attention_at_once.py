@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from sparse_hf import (
@@ -24,6 +26,8 @@ from sparse_hf import (
     capture,
     sparsify,
 )
+from sparse_hf.forward_plan import ForwardPlan
+from sparse_hf.layer_state import get_layer_state
 from sparse_hf_kernels.dispatch import BACKEND_VARIABLE
 
 VOCAB = 97
@@ -43,17 +47,17 @@ CONFIGS = {
 }
 
 
-def make_model(config: SparseConfig | None = None) -> LlamaForCausalLM:
+def make_model(config: SparseConfig | None = None, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=300,
-    )
+    shape = LlamaConfig(**{
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 300,
+    } | changes)  # fmt: skip
     model = LlamaForCausalLM(shape).eval()
     return model if config is None else sparsify(model, config)  # type: ignore[return-value]
 
@@ -248,3 +252,103 @@ def test_gradients_are_those_of_the_stock_model(counts: Counts) -> None:
         grads.append([p.grad for p in model.parameters()])
     assert counts.long == 0
     torch.testing.assert_close(grads[0], grads[1])
+
+
+class Flash:
+    """Stands for the flash kernel: what was asked about it, and the lengths of its calls."""
+
+    def __init__(self) -> None:
+        self.asked: list[SDPAParams] = []
+        self.lengths: list[int] = []
+
+    def may(self, params: SDPAParams) -> bool:
+        self.asked.append(params)
+        return True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, *, scale: float) -> list[Tensor]:
+        assert dropout == 0
+        self.lengths.append(q.shape[2])
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)]
+
+
+@pytest.fixture
+def flash(served: None, monkeypatch: pytest.MonkeyPatch) -> Flash:
+    """The flash kernel serves this device."""
+    found = Flash()
+    monkeypatch.setattr(attention_at_once, "can_use_flash_attention", found.may)
+    monkeypatch.setattr(torch, "_scaled_dot_product_flash_attention", found)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("cached", [False, True])
+def test_flash_is_asked_about_once_per_forward_pass(flash: Flash, cached: bool, kv_heads: int) -> None:
+    ids, stock = tokens(12), make_model(num_key_value_heads=kv_heads)
+    model = make_model(CONFIGS["streaming"], num_key_value_heads=kv_heads)
+    for number in (1, 2):
+        cache = SparseCache.for_model(model) if cached else None
+        out = model(ids, past_key_values=cache, use_cache=cached).logits
+        torch.testing.assert_close(out, stock(ids, use_cache=False).logits)
+        assert len(flash.asked) == number and flash.lengths == [12] * NUM_LAYERS * number
+    params = flash.asked[0]
+    assert params.query.shape == (2, 4, 12, 16) and params.key.shape == params.value.shape == (2, kv_heads, 12, 16)
+    assert (params.attn_mask, params.dropout, params.is_causal, params.enable_gqa) == (None, 0.0, True, kv_heads == 2)
+
+
+@torch.no_grad()
+def test_flash_takes_short_calls(flash: Flash, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the tokens of all rows, and only where SDPA is what serves."""
+    monkeypatch.setattr(attention_at_once, "FLASH_TOKENS", 24)
+    model = make_model(CONFIGS["streaming"])
+
+    def is_flash(ids: Tensor, **inputs: Any) -> bool:
+        flash.asked.clear()
+        flash.lengths.clear()
+        model(ids, use_cache=False, **inputs)
+        assert (len(flash.asked), flash.lengths) in ((0, []), (1, [ids.shape[1]] * NUM_LAYERS))
+        return bool(flash.lengths)
+
+    assert is_flash(tokens(24, batch=1)) and not is_flash(tokens(25, batch=1))
+    assert is_flash(tokens(12)) and not is_flash(tokens(13))
+    mask = torch.ones_like(tokens(12))
+    assert is_flash(tokens(12), attention_mask=mask)
+    mask[0, :3] = 0
+    assert not is_flash(tokens(12), attention_mask=mask)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not is_flash(tokens(12))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(attention_at_once, "can_use_flash_attention", lambda params: False)
+    assert not is_flash(tokens(12))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_has_no_flash(served: None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own answer; the kernel would raise here."""
+    answers: list[bool] = []
+    ask = attention_at_once.can_use_flash_attention
+    monkeypatch.setattr(
+        attention_at_once, "can_use_flash_attention", lambda params: answers.append(ask(params)) or answers[-1]
+    )
+    model, stock = make_model(CONFIGS["streaming"]).to(dtype), make_model().to(dtype)
+    assert torch.equal(model(tokens(12), use_cache=False).logits, stock(tokens(12), use_cache=False).logits)
+    assert answers == [False]
+
+
+def test_graphs_leave_the_choice_to_torch(flash: Flash) -> None:
+    """Where a layer is compiled after one that was not: the kernel by name cannot be traced."""
+    state = get_layer_state(make_model(CONFIGS["streaming"]).model.layers[0].self_attn)
+    assert state is not None
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    plan = ForwardPlan(q_len=12, kv_len=12, q_offset=0, kv_offset=0, padding_mask=None, device=q.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return attention_at_once.attend_at_once(state, q, k, v, plan, None, 0.25)
+
+    expected = run(q, k, v)
+    out = torch.compile(run, backend="eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(out, expected)
+    assert plan.flash and len(flash.asked) == len(flash.lengths) == 1

@@ -15,7 +15,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_hf import break_even as lookup
 from sparse_hf import is_sparsified
-from sparse_hf.bench.end_to_end import MUST, Models, WallClock, end_to_end_benchmark, measure_end_to_end
+from sparse_hf.bench.end_to_end import (
+    MIN_ROUNDS,
+    MUST,
+    Models,
+    WallClock,
+    end_to_end_benchmark,
+    measure_end_to_end,
+)
 from sparse_hf.bench.end_to_end_model import planted_model, planted_prompt, sharing_weights
 from sparse_hf.bench.end_to_end_plan import CASES, LENGTHS, METHODS, EndToEndOptions
 from sparse_hf.bench.planted import LOCAL_LOGIT, NUM_TOPICS, TOPIC_LOGIT
@@ -195,6 +202,7 @@ def test_a_run_leaves_its_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     with (tmp_path / "end_to_end.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["case"], row["contender"]) for row in rows} == {(c, n) for c in CASES for n in ("dense", "xattention")}
+    assert {row["rounds"] for row in rows} == {str(MIN_ROUNDS)}, "though the budget is that of one"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
