@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,13 +119,18 @@ class RecallDataset(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         sample = self.sample(index)
-        input_ids = torch.tensor(sample.input_ids, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for start, end in sample.question_spans if self.question_loss else sample.answer_spans:
-            labels[start:end] = input_ids[start:end]
-        # With no fact and no filler before it, a question would start the row; nothing predicts the first token.
-        labels[0] = IGNORE_INDEX
-        return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}
+        return sample_row(sample, sample.question_spans if self.question_loss else sample.answer_spans)
+
+
+def sample_row(sample: RecallSample, spans: Iterable[tuple[int, int]]) -> Row:
+    """The row of a recall sample whose loss is taken on the spans [start, end)."""
+    input_ids = torch.tensor(sample.input_ids, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for start, end in spans:
+        labels[start:end] = input_ids[start:end]
+    # With no fact and no filler before it, a question would start the row; nothing predicts the first token.
+    labels[0] = IGNORE_INDEX
+    return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(len(input_ids))}
 
 
 class MixedDataset(Dataset[Row]):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparse_hf_training.data import Row
+from sparse_hf_training.data.sources import sample_row
 from sparse_hf_training.objectives import LossHead, label_positions
 from sparse_hf_training.tasks import RecallSample
 
@@ -93,21 +94,25 @@ def text_loss(model: PreTrainedModel, rows: Iterable[Row], seq_len: int) -> Text
     return TextLoss(rows=tuple(means), edges=edges, bins=tuple((sums / counts).tolist()))
 
 
+@torch.no_grad()
+def row_losses(model: PreTrainedModel, head: LossHead, rows: Sequence[Row], batch_size: int = 1) -> Iterator[float]:
+    """Mean loss of each row's labels; rows have one length."""
+    for first in range(0, len(rows), batch_size):
+        ids, labels, positions = (
+            torch.stack([row[name] for row in rows[first : first + batch_size]]).to(model.device)
+            for name in ("input_ids", "labels", "position_ids")
+        )
+        kept, targets = label_positions(labels)
+        losses = token_losses(model, head, ids, positions, kept, targets)
+        for part in losses.split(kept.sum(1).tolist()):
+            yield part.mean().item()
+
+
 def answer_losses(
     model: PreTrainedModel, head: LossHead, samples: Sequence[RecallSample], batch_size: int = 1
 ) -> Iterator[float]:
     """Mean loss of each sample's answers, given all that precedes them; samples have one length."""
-    for first in range(0, len(samples), batch_size):
-        batch = samples[first : first + batch_size]
-        ids = torch.tensor([sample.input_ids for sample in batch], device=model.device)
-        kept = torch.zeros_like(ids, dtype=torch.bool)
-        for row, sample in enumerate(batch):
-            for start, end in sample.answer_spans:
-                kept[row, start - 1 : end - 1] = True
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        losses = token_losses(model, head, ids, positions, kept, ids.roll(-1, 1)[kept])
-        for part in losses.split(kept.sum(1).tolist()):
-            yield part.mean().item()
+    return row_losses(model, head, [sample_row(sample, sample.answer_spans) for sample in samples], batch_size)
 
 
 def mean(values: Sequence[float]) -> float:

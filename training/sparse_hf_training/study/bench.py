@@ -61,21 +61,24 @@ class Bench:
         """A fresh model whose heads are all full, and may be made sparse."""
         return sparsify(self.load(), SparseConfig(sparse=self.branch, head_masks="all_full"))
 
-    def recall_rows(self, tasks: Sequence[RecallTask] | None = None, *, question_loss: bool = True) -> Dataset[Row]:
-        """Rows of recall samples with the loss on questions and answers, or on answers alone."""
+    def recall_rows(
+        self, tasks: Sequence[RecallTask] | None = None, *, question_loss: bool = True, length: int | None = None
+    ) -> Dataset[Row]:
+        """Rows of recall samples with the loss on questions and answers, or on answers alone; enough for all steps
+        unless their number is given."""
         return RecallDataset(
             tasks=tasks or self.tasks,
             filler=self.filler,
             tokenizer=self.tokenizer,  # type: ignore[arg-type]
             seq_len=self.seq_len,
             seed=self.seed,
-            length=self.max_steps * self.batch_size,
+            length=length or self.max_steps * self.batch_size,
             question_loss=question_loss,
         )
 
-    def text_rows(self) -> Dataset[Row]:
-        """Rows of packed text."""
-        return ShuffledDataset(self.rows, seed=self.seed, length=self.max_steps * self.batch_size)
+    def text_rows(self, *, length: int | None = None) -> Dataset[Row]:
+        """Rows of packed text, likewise."""
+        return ShuffledDataset(self.rows, seed=self.seed, length=length or self.max_steps * self.batch_size)
 
     def mixed_rows(self, recall_share: float) -> Dataset[Row]:
         """Text and recall samples."""
