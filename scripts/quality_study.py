@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -24,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from sparse_hf.calibrate.text import CalibrationText
 from sparse_hf.figures import Figure, command_line, write_figures
 from sparse_hf.methods import Method, Streaming, Triangle, XAttention
+from sparse_hf.methods.dynamic import DynamicMethod
 from sparse_hf.plots import has_matplotlib
 from sparse_hf.progress import progress_bar
 from sparse_hf_training.data import PackedTextDataset, pack_documents, text_documents
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, WINDOW_SIZE
 from sparse_hf_training.evaluation.command import parse_tasks
-from sparse_hf_training.evaluation.lab import Lab, check_length
+from sparse_hf_training.evaluation.lab import Answers, Lab, check_length
 from sparse_hf_training.evaluation.script_options import names, shares
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.study.bench import Bench
@@ -65,6 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
+    parser.add_argument("--answers", choices=get_args(Answers), help="default: forward where sparse heads are static")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
     parser.add_argument("--jobs", type=int, default=1, help="units measured side by side, spread over the GPUs")
     parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
@@ -118,6 +121,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
         num_samples=options.samples,
         num_rows=options.rows,
         batch_size=options.batch_size,
+        answers=options.answers or ("generate" if isinstance(bench.branch, DynamicMethod) else "forward"),
     )
     return bench, lab
 

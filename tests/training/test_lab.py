@@ -241,6 +241,20 @@ def test_an_interrupted_evaluation_goes_on(lab: Lab, model: Any, tmp_path: Path,
     assert model.training is False
 
 
+def test_answers_that_generate_gives_otherwise_are_counted(
+    lab: Lab, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = replace(lab, answers="forward", num_checked=2)
+    monkeypatch.setattr(lab_module, "answered", lambda model, samples: [True] * len(samples))
+    monkeypatch.setattr(lab_module, "exact_by_generation", lambda *_, **__: iter([(0, True), (1, False)]))
+    found = lab.measure(model, "sparse", CellStore(tmp_path, lab.settings(model)))
+    assert [(task.num_exact, task.num_checked, task.num_differing) for task in found.tasks] == [(3, 2, 1)] * 2
+    with pytest.raises(ValueError, match=r"other settings \(answers"):
+        CellStore(tmp_path, replace(lab, answers="generate").settings(model))
+    with pytest.raises(ValueError, match="answers must be one of"):
+        replace(lab, answers="guess")  # type: ignore[arg-type]
+
+
 def test_everything_fits_into_the_models_context(lab: Lab, model_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, max_position_embeddings=300)
     sparsify(model.eval(), SparseConfig(sparse=Streaming(num_sink_tokens=4, window_size=16)))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from sparse_hf.patching import get_handle
 from sparse_hf.summary import sparsity_summary
 from sparse_hf_training.data import Document, DocumentStore
 from sparse_hf_training.evaluation import evaluate_recall
+from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.masks import MaskLearningConfig, attach_mask_learning
 from sparse_hf_training.study import side_by_side
 from sparse_hf_training.study.bench import Bench
@@ -247,6 +249,26 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
         "<!-- grid: quality_study / masks only, 50% sparse -->\n<!-- end -->", tmp_path / "out"
     )
     assert "| ours | " in text and "| uniform_window | " in text and "worst task, change" in text
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_forward_pass_answers_as_generate_does(tmp_path: Path, batch_size: int) -> None:
+    line = "--sinks 4 --window 64 --seq-len 640 --train-seq-len 640 --samples 8 --rows 1 --answers generate "
+    line += f"--batch-size {batch_size} --tasks needle:num_needles=4,chain,two_turns:num_needles=4 --out {tmp_path}"
+    script = load("quality_study")
+    bench, lab = script.prepare(script.parse(line.split()))
+    assert script.prepare(script.parse(line.replace("--answers generate", "").split()))[1].answers == "forward"
+    model = bench.model().eval()
+    masks = torch.zeros(4, 4)
+    masks[2:] = 1
+    set_head_masks(model, masks)
+    written = lab.measure(model, "sparse", CellStore(tmp_path / "written", lab.settings(model)))
+    quick = replace(lab, answers="forward", num_checked=3)
+    found = quick.measure(model, "sparse", CellStore(tmp_path / "quick", quick.settings(model)))
+    assert [task.exact for task in found.tasks] == [task.exact for task in written.tasks]
+    assert 0 < sum(task.num_exact for task in found.tasks) < 24, "outcomes differ, or the comparison says little"
+    assert [(task.num_checked, task.num_differing) for task in found.tasks] == [(3, 0)] * 3
+    assert [(task.num_checked, task.num_differing) for task in written.tasks] == [(0, 0)] * 3
 
 
 def test_processes_side_by_side_find_what_one_finds(tmp_path: Path) -> None:

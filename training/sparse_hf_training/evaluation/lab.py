@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.data import Dataset
@@ -21,15 +21,17 @@ from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.footprint import Footprint, measure_footprint
 from sparse_hf_training.evaluation.generation import exact_by_generation
 from sparse_hf_training.evaluation.losses import TextLoss, answer_losses, text_loss
-from sparse_hf_training.evaluation.recall import recall_samples
+from sparse_hf_training.evaluation.recall import answered, recall_samples
 from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
 from sparse_hf_training.objectives import LossHead
-from sparse_hf_training.tasks import Filler, RecallTask, task_label
+from sparse_hf_training.tasks import Filler, RecallSample, RecallTask, task_label
 
 DENSE = "dense"
 MIN_CONTEXT = 8
 """In contexts shorter than so many times sinks and window, sparse heads read most of what dense ones do."""
 TEXT_CELL, FOOTPRINT_CELL = "text loss", "footprint"
+
+Answers = Literal["generate", "forward"]
 
 Progress = Callable[[str, int], None]
 """Called with what is measured and how many units of `Lab.steps` were done."""
@@ -52,6 +54,9 @@ class Lab:
         batch_size: samples that are answered side by side. It changes no outcome.
         chunk: tokens per forward pass of a prefill; None for all at once.
         num_decoded: tokens that are decoded to measure the footprint, the last of `seq_len`.
+        answers: `generate` writes them from the cache; `forward` takes the first choices of one pass over the whole
+            sample, in a fraction of the time. They are the same where the cache keeps all that static heads read.
+        num_checked: samples of each task that `generate` answers too, under `forward`: see `TaskOutcome`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -66,8 +71,13 @@ class Lab:
     batch_size: int = 1
     chunk: int | None = None
     num_decoded: int = 32
+    answers: Answers = "generate"
+    num_checked: int = 20
+    _samples: dict[str, list[RecallSample]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.answers not in get_args(Answers):
+            raise ValueError(f"answers must be one of {list(get_args(Answers))}, got {self.answers!r}")
         for name in ("num_samples", "num_rows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -93,7 +103,7 @@ class Lab:
     def settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """What the cells of a model depend on besides the head masks: JSON-plain."""
         text = hashlib.sha256(self.filler.tokens.tobytes()).hexdigest()[:16]
-        names = ("seq_len", "num_samples", "num_loss_samples", "seed", "chunk", "num_decoded")
+        names = ("seq_len", "num_samples", "num_loss_samples", "seed", "chunk", "num_decoded", "answers")
         measured = {name: getattr(self, name) for name in names}
         return {
             "weights": weight_digest(model),
@@ -149,14 +159,14 @@ class Lab:
 
         def measure() -> dict[str, Any]:
             start = time.monotonic()
-            samples = recall_samples(task, self.filler, self.tokenizer, self.seq_len, self.num_samples, self.seed)
+            samples = self._all_samples(task)
             exact = dict[int, bool]()
-            found = exact_by_generation(
-                model, samples, context_first=task.context_first, chunk=self.chunk, batch_size=self.batch_size
-            )
-            for number, right in found:
+            written = self._generated if self.answers == "generate" else self._by_forward
+            for number, right in written(model, task, samples):
                 exact[number] = right
                 progress(label, 1)
+            checked = samples[: self.num_checked] if self.answers == "forward" else []
+            again = dict(self._generated(model, task, checked)) if checked else {}
             losses = list[float]()
             for loss in answer_losses(model, LossHead(model), samples[: self._num_losses], self.batch_size):
                 losses.append(loss)
@@ -167,9 +177,32 @@ class Lab:
                 depths=tuple(sample.depths[0] for sample in samples),
                 answer_losses=tuple(losses),
                 seconds=time.monotonic() - start,
+                num_checked=len(again),
+                num_differing=sum(exact[number] != right for number, right in again.items()),
             ).to_dict()
 
         return TaskOutcome.from_dict(store.get(variant, label, measure))
+
+    def _all_samples(self, task: RecallTask) -> list[RecallSample]:
+        """Made once for all variants: with some tasks that takes longer than answering them."""
+        label = task_label(task)
+        if label not in self._samples:
+            made = recall_samples(task, self.filler, self.tokenizer, self.seq_len, self.num_samples, self.seed)
+            self._samples[label] = made
+        return self._samples[label]
+
+    def _generated(
+        self, model: PreTrainedModel, task: RecallTask, samples: Sequence[RecallSample]
+    ) -> Iterator[tuple[int, bool]]:
+        return exact_by_generation(
+            model, samples, context_first=task.context_first, chunk=self.chunk, batch_size=self.batch_size
+        )
+
+    def _by_forward(
+        self, model: PreTrainedModel, task: RecallTask, samples: Sequence[RecallSample]
+    ) -> Iterator[tuple[int, bool]]:
+        for first in range(0, len(samples), self.batch_size):
+            yield from enumerate(answered(model, samples[first : first + self.batch_size]), first)
 
     def _text(self, model: PreTrainedModel) -> TextLoss:
         # At even distances, so that all of the text has its share.

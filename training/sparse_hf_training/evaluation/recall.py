@@ -101,7 +101,7 @@ def evaluate_recall(
             samples = recall_samples(task, filler, tokenizer, seq_len, num_samples, seed)
             for start in range(0, num_samples, batch_size):
                 batch = samples[start : start + batch_size]
-                exact += _answered(model, batch)
+                exact += answered(model, batch)
                 if progress is not None:
                     for _ in batch:
                         progress()
@@ -119,8 +119,9 @@ def evaluate_recall(
         model.train(was_training)
 
 
-def _answered(model: PreTrainedModel, samples: Sequence[RecallSample]) -> list[bool]:
-    """Whether each of some samples of one length is answered word for word."""
+@torch.no_grad()
+def answered(model: PreTrainedModel, samples: Sequence[RecallSample]) -> list[bool]:
+    """Whether each of some samples of one length is answered word for word, by one forward pass over all of them."""
     ids = torch.tensor([sample.input_ids for sample in samples], device=model.device)
     # Logits are formed from just before the first answer on.
     first = min(start for sample in samples for start, _ in sample.answer_spans) - 1

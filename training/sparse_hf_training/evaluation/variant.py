@@ -19,6 +19,8 @@ class TaskOutcome:
         depths: where the first fact of each sample begins, as a share of the context.
         answer_losses: nats per answer token of the first samples, given the text before.
         seconds: how long it took.
+        num_checked: samples that were answered by `generate` too, where a forward pass answered them all.
+        num_differing: those of them whose outcome was another.
     """
 
     task: str
@@ -26,6 +28,8 @@ class TaskOutcome:
     depths: tuple[float, ...]
     answer_losses: tuple[float, ...]
     seconds: float
+    num_checked: int = 0
+    num_differing: int = 0
 
     @property
     def num_exact(self) -> int:

@@ -56,4 +56,8 @@ def _recipe_figures(
     density = [result.footprint.prefill_density for result in results]
     add("density of prefill", 100 * sum(density) / len(density), "%", lower=True, baseline=100.0)
     add("seeds", float(len(results)), "count")
+    if checked := sum(task.num_checked for result in results for task in result.tasks):
+        add("answers that generate gave too", float(checked), "count")
+        differing = sum(task.num_differing for result in results for task in result.tasks)
+        add("of them, other answers", float(differing), "count", lower=True, baseline=0.0)
     return figures
