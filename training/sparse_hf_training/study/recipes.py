@@ -55,7 +55,13 @@ class Recipe:
 
 
 def ours(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
-    """Heads taken away round by round, those first that answers and text miss least: the shipped defaults."""
+    """Hard-concrete gates, distilled from the dense model on the tokens that need recall; the shipped defaults."""
+    config = MaskLearningConfig(end_head_sparsity=head_sparsity, seed=bench.seed)
+    return _learned(bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
+
+
+def elimination(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+    """Heads taken away round by round, those first that answers and text miss least, by forward passes alone."""
     config = EliminationConfig(end_head_sparsity=head_sparsity, batch_size=bench.batch_size)
     candidates, num_kinds = torch.ones_like(get_handle(model).head_masks), len(bench.tasks) + 1
     length = config.num_rows(candidates, num_kinds)
@@ -65,12 +71,6 @@ def ours(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
         loss = MaskedLoss(model, tasks, text, text_weight=config.text_weight, batch_size=config.batch_size)
         rounds = eliminate(loss, candidates, config, num_kinds=num_kinds)
     return elimination_scores(rounds, candidates)
-
-
-def gates(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
-    """Hard-concrete gates, distilled from the dense model on the tokens that need recall."""
-    config = MaskLearningConfig(end_head_sparsity=head_sparsity, seed=bench.seed)
-    return _learned(bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
 
 
 def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLearningConfig:
@@ -246,7 +246,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _described("ours", ours, per_sparsity=True),
-        _described("gates", gates, per_sparsity=True),
+        _described("elimination", elimination, per_sparsity=True),
         _described("prulong_published", prulong_published, per_sparsity=True),
         _described("prulong_mended", prulong_mended, per_sparsity=True),
         _described("duo_attention", duo_attention),
