@@ -1,29 +1,31 @@
 """Is there any choice of heads that keeps recall? Judges every set of full heads of a size that holds given heads.
 
     python scripts/head_search.py --num-full 6 --always 3.1,3.3 --output docs/benchmarks/head_search.json
+    python scripts/head_search.py --model DIR --data HELD --seq-len 8192 --window 256 --tasks key_value,chain ...
 
-On the shipped 4M model; a GPU makes it minutes. The text needs no `datasets`.
+On the shipped 4M model by default; a GPU makes it minutes. .txt and .jsonl texts need no `datasets`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparse_hf import SparseConfig, Streaming, dense, set_head_masks, sparsify
-from sparse_hf.figures import Figure, write_figures
+from sparse_hf import SparseConfig, Streaming, sparsify
+from sparse_hf.calibrate.text import CalibrationText
+from sparse_hf.figures import command_line, write_figures
+from sparse_hf.patching import get_handle
 from sparse_hf.progress import progress_bar
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, SEQ_LEN, WINDOW_SIZE
-from sparse_hf_training.evaluation import evaluate_recall
-from sparse_hf_training.tasks import Filler, make_task
-
-Head = tuple[int, int]
+from sparse_hf_training.evaluation.command import parse_tasks
+from sparse_hf_training.study.head_search import Head, HeadSearch, Judged, search_figures
+from sparse_hf_training.tasks import Filler
 
 
 def parse_heads(text: str) -> list[Head]:
@@ -31,85 +33,63 @@ def parse_heads(text: str) -> list[Head]:
     return [(int(layer), int(head)) for layer, head in pairs]
 
 
-def main() -> None:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="folder or Hub id")
+    parser.add_argument("--data", default=str(ASSETS / "text" / "validation"), help="held text")
     parser.add_argument("--num-full", type=int, default=6)
-    parser.add_argument("--always", type=parse_heads, default=[(3, 1), (3, 3)], help="layer.head,... kept full")
-    parser.add_argument("--task", default="chain")
-    parser.add_argument("--screen", type=int, default=32, help="samples for every set")
-    parser.add_argument("--final", type=int, default=256, help="samples for dense and the best sets")
+    parser.add_argument("--always", type=parse_heads, help="layer.head,... kept full; 3.1,3.3 on the shipped model")
+    parser.add_argument("--tasks", type=parse_tasks, default="chain", help="as sparse-hf eval --tasks")
+    parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
+    parser.add_argument("--sinks", type=int, default=NUM_SINK_TOKENS)
+    parser.add_argument("--window", type=int, default=WINDOW_SIZE)
+    parser.add_argument("--screen", type=int, default=32, help="samples per task for every set")
+    parser.add_argument("--final", type=int, default=256, help="samples per task for dense and the best sets")
     parser.add_argument("--best", type=int, default=8, help="sets judged on the final samples")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.always is None:
+        options.always = parse_heads("3.1,3.3" if options.model == str(MODEL) else "")
+    return options
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device).eval()
-    streaming = Streaming(num_sink_tokens=NUM_SINK_TOKENS, window_size=WINDOW_SIZE)
+
+def prepare(options: argparse.Namespace) -> HeadSearch:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    streaming = Streaming(num_sink_tokens=options.sinks, window_size=options.window)
     sparsify(model, SparseConfig(sparse=streaming, head_masks="all_full"))
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ASSETS / "text" / "validation").iterdir())]
-    filler, task = Filler.from_texts(texts, tokenizer), make_task(options.task)
-    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    return HeadSearch(
+        model=model,
+        tokenizer=tokenizer,
+        tasks=options.tasks,
+        filler=Filler.from_texts(list(CalibrationText(path=options.data).documents()), tokenizer),
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+    )
 
-    def judge(num_samples: int, seed: int) -> float:
-        results = evaluate_recall(
-            model,
-            [task],
-            filler,
-            tokenizer,
-            seq_len=SEQ_LEN,
-            num_samples=num_samples,
-            seed=seed,
-            batch_size=options.batch_size,
-        )
-        return results[0].exact_match
 
-    def judge_set(full: tuple[Head, ...], num_samples: int, seed: int) -> float:
-        masks = torch.zeros(layers, heads, dtype=torch.long)
-        for head in full:
-            masks[head] = 1
-        set_head_masks(model, masks)
-        return judge(num_samples, seed)
-
-    others = [head for head in itertools.product(range(layers), range(heads)) if head not in options.always]
-    rest = options.num_full - len(options.always)
-    sets = [(*options.always, *chosen) for chosen in itertools.combinations(others, rest)]
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    search = prepare(options)
+    sets = search.sets(options.num_full, options.always)
     console = Console(stderr=True)
     with progress_bar(console) as progress:
         bar = progress.add_task(f"judging {len(sets)} sets of {options.num_full} full heads", len(sets), figures="")
-        screened = []
-        for full in sets:
-            screened.append((judge_set(full, options.screen, 0), full))
-            progress.update(bar, advance=1, figures=f"best {max(screened)[0]:.2f}")
-    screened.sort(reverse=True)
-    # Other samples than those that chose them, or the best would only be the luckiest.
-    final = sorted(((judge_set(full, options.final, 1), full) for _, full in screened[: options.best]), reverse=True)
-    with dense(model):
-        reference = judge(options.final, 1)
-    share = 1 - options.num_full / (layers * heads)
-    case = f"recall {options.task}, {share:.1%} of KV heads sparse, best of {len(sets)} sets of full heads"
-    where = ", ".join(f"{layer}.{head}" for layer, head in sorted(final[0][1]))
-    figures = [
-        Figure(
-            case=f"{case}, {options.final} samples ({where})",
-            value=final[0][0],
-            unit="share",
-            lower_is_better=False,
-            baseline=reference,
-        ),
-        Figure(
-            case=f"{case}, {options.screen} samples that chose it",
-            value=screened[0][0],
-            unit="share",
-            lower_is_better=False,
-        ),
-    ]
-    # Where the file went on the machine that measured is nobody's business.
-    arguments = [Path(word).name if word == str(options.output) else word for word in sys.argv[1:]]
-    write_figures(options.output, figures, command=" ".join(["python scripts/head_search.py", *arguments]))
+
+        def show(leader: Judged) -> None:
+            progress.update(bar, advance=1, figures=f"worst task of the best {leader.change:+.2f}")
+
+        limits = {"screen": options.screen, "final": options.final}
+        best, first, reference = search.best(sets, finalists=options.best, progress=show, **limits)
+    num_heads = get_handle(search.model).head_masks.numel()
+    figures = search_figures(best, first, reference, num_heads=num_heads, num_sets=len(sets), **limits)
+    write_figures(options.output, figures, command=command_line("python scripts/head_search.py", arguments))
     for figure in figures:
-        console.print(f"{figure.case}: {figure.value:.3f} (dense {figure.baseline})")
+        console.print(f"{figure.case}: {figure.value:.3f} (dense {figure.baseline})", highlight=False)
 
 
 if __name__ == "__main__":

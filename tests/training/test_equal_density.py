@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,16 +25,9 @@ from sparse_hf_training.evaluation.statistics import paired_difference_interval,
 from sparse_hf_training.evaluation.worst_task import answered_by_dense, recall_figures, worst_task
 from sparse_hf_training.study.charts import plot_study
 
+Load = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 768
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -179,6 +172,7 @@ def test_lines_are_read_from_figures(tmp_path: Path) -> None:
 
 
 def test_the_script_on_the_shipped_model(
+    load: Load,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,16 +27,9 @@ from sparse_hf_training.evaluation.method_quality import (
 from sparse_hf_training.evaluation.statistics import wilson_interval
 from sparse_hf_training.tasks import Filler, NeedleTask
 
+Load = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 640
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -174,7 +167,13 @@ def test_a_model_that_fails_is_left_dense(model: Any, judge: Judge, monkeypatch:
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_the_script_leaves_what_the_table_shows(
-    model_folder: Path, story: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure_keys: set[str], suffix: str
+    load: Load,
+    model_folder: Path,
+    story: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figure_keys: set[str],
+    suffix: str,
 ) -> None:
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
     data = tmp_path / f"held{suffix}"
@@ -200,13 +199,13 @@ def test_the_script_leaves_what_the_table_shows(
     ("line", "words"),
     [("--methods none", "unknown methods none; known: dense"), ("--data missing.txt", "no such file or folder")],
 )
-def test_what_is_unknown_is_refused(model_folder: Path, tmp_path: Path, line: str, words: str) -> None:
+def test_what_is_unknown_is_refused(load: Load, model_folder: Path, tmp_path: Path, line: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load("method_quality").main([*line.split(), "--model", str(model_folder), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_the_documents_table_needs_nothing_but_the_figures(tmp_path: Path) -> None:
+def test_the_documents_table_needs_nothing_but_the_figures(load: Load, tmp_path: Path) -> None:
     """Every marker of docs/methods.md is one that the two programs fill."""
     source = {"hardware": "h", "software": "s", "commit": "c", "command": "x", "must": None, "baseline": None}
     titles = {

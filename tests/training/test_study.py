@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -40,19 +40,12 @@ from sparse_hf_training.study.recipes import RECIPES, _Decay, _sampled_penalty, 
 from sparse_hf_training.study.study import Plan, Unit
 from sparse_hf_training.tasks import CopySpanTask, Filler, KeyValueTask
 
+Load = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = Streaming(num_sink_tokens=4, window_size=16)
 COPY = CopySpanTask(num_tokens=8, cue_tokens=2)
 SEQ_LEN = 192
 SHAPE = {"num_layers": 3, "num_kv_heads": 2}
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def planted_bench(seed: int = 0, max_steps: int = 2) -> Bench:
@@ -207,7 +200,7 @@ def test_plans() -> None:
 
 
 def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure_keys: set[str]
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure_keys: set[str]
 ) -> None:
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
     line = "--recipes ours,uniform_layers,uniform_window --sparsities 50 --seeds 1 --sinks 4 --window 24 --steps 3 "
@@ -252,7 +245,7 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_one_forward_pass_answers_as_generate_does(tmp_path: Path, batch_size: int) -> None:
+def test_one_forward_pass_answers_as_generate_does(load: Load, tmp_path: Path, batch_size: int) -> None:
     line = "--sinks 4 --window 64 --seq-len 640 --train-seq-len 640 --samples 8 --rows 1 --answers generate "
     line += f"--batch-size {batch_size} --tasks needle:num_needles=4,chain,two_turns:num_needles=4 --out {tmp_path}"
     script = load("quality_study")
@@ -271,7 +264,7 @@ def test_one_forward_pass_answers_as_generate_does(tmp_path: Path, batch_size: i
     assert [(task.num_checked, task.num_differing) for task in written.tasks] == [(0, 0)] * 3
 
 
-def test_processes_side_by_side_find_what_one_finds(tmp_path: Path) -> None:
+def test_processes_side_by_side_find_what_one_finds(load: Load, tmp_path: Path) -> None:
     line = "--recipes ablation,uniform_layers --sparsities 50,75 --seeds 1 --stages masks --sinks 4 --window 24 "
     line += "--seq-len 384 --train-seq-len 256 --train-tasks key_value:num_pairs=2 --samples 2 --rows 1 "
     line += "--tasks key_value:num_pairs=4"
@@ -328,7 +321,7 @@ def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert side_by_side.devices(3) == ["3", "GPU-5", "3"]
 
 
-def test_the_planted_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planted_script(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
     script = load("planted_heads")
     script.main(
@@ -382,7 +375,7 @@ def test_a_small_model_learns_from_nothing(family: Any, story: str) -> None:
 
 
 def test_the_script_leaves_a_model_that_loads(
-    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+    load: Load, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
     line = f"--data {text_file} --held {text_file} --out {out} --vocab-size 300 --hidden-size 32 --num-layers 2 "
