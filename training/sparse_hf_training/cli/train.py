@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from sparse_hf_training.run import RunResult
+    from sparse_hf_training.run_result import RunResult
 
 
 def train(
@@ -56,7 +56,7 @@ def to_dict(result: RunResult) -> dict[str, object]:
 def _print(result: RunResult) -> None:
     from sparse_hf.cli.output import table, write
     from sparse_hf_training.observe.summary import figure_rows
-    from sparse_hf_training.run import FIGURES_NAME
+    from sparse_hf_training.run_result import FIGURES_NAME
 
     rows = figure_rows(result.figures) if result.summary is None else result.summary.rows()
     write(table("the run", ("", "value", "dense"), rows))
