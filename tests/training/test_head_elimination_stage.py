@@ -16,9 +16,9 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sparse_hf import AutoSparseModelForCausalLM, SparseConfig, save_artefact, sparsify
+from sparse_hf import AutoSparseModelForCausalLM, SparseConfig, Streaming, save_artefact, sparsify, unsparsify
 from sparse_hf.artefact import load_artefact
 from sparse_hf.head_masks import round_scores
 from sparse_hf.patching import get_handle
@@ -34,8 +34,11 @@ from sparse_hf_training.data import (
 from sparse_hf_training.data.training_data import filler_of, read_sources
 from sparse_hf_training.demo.recipe import ASSETS, MODEL
 from sparse_hf_training.elimination import EliminationConfig, MaskedLoss, eliminate, elimination_masks
+from sparse_hf_training.head_elimination import candidate_heads
+from sparse_hf_training.masks import MaskLearningConfig
 from sparse_hf_training.progress import WorkProgress
 from sparse_hf_training.run import RunResult, run_training
+from sparse_hf_training.stages import prepare_stage
 from sparse_hf_training.tasks import KeyValueTask, NeedleTask
 from sparse_hf_training.typed_config import build
 
@@ -314,6 +317,24 @@ def test_without_text_in_the_loss_and_with_weights_in_four_bits(
     assert int(get_handle(result.model).head_masks.sum()) == 1 and not (result.artefact / "config.json").exists()
 
 
+def test_a_model_with_an_adapter_keeps_it(values: dict[str, Any], run_values: Values, tmp_path: Path) -> None:
+    tuned = run(
+        run_values(
+            stage="masks_and_weights",
+            lora={"rank": 4, "alpha": 8},
+            objective={"lm": 1.0, "kl": 0.0},
+            evaluation={},
+            output_dir=str(tmp_path / "tuned"),
+        )
+    )
+    result = run({**values, "model": str(tuned.artefact)})
+    artefact = load_artefact(result.artefact)
+    assert artefact.adapter and artefact.base_model_name_or_path == values["model"]
+    file = "adapter_model.safetensors"
+    before, after = load_file(tuned.artefact / file), load_file(result.artefact / file)
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_streamed_text(values: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
     long, short = ({"path": str(path), "streaming": True} for path in (ASSETS / "text" / "validation", text_file))
     values["data"] = {**values["data"], "text": [long]}
@@ -357,6 +378,45 @@ def test_what_is_refused(values: dict[str, Any], tmp_path: Path, changes: dict[s
     with pytest.raises(ValueError, match=message):
         run(values)
     assert not (tmp_path / "run").exists()  # or the corrected configuration would be refused there
+
+
+@pytest.mark.parametrize(("own_window", "refused"), [(8, True), (64, False)])
+def test_layers_with_a_window_of_their_own(own_window: int, refused: bool) -> None:
+    """They take part as in mask learning, unless a sparse head would read no less."""
+    config = AutoConfig.for_model(
+        "mistral",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=own_window,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    sparsify(model, SparseConfig(sparse=Streaming(num_sink_tokens=2, window_size=8), head_masks="all_full"))
+    if refused:
+        with pytest.raises(ValueError, match="layers 0-1 read the same full and sparse in rows of 256 tokens"):
+            candidate_heads(model, None, 256)
+    else:
+        assert candidate_heads(model, None, 256).tolist() == [[1, 1], [1, 1]]
+
+
+def test_heads_that_choose_by_q_and_k(model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    sparsify(model, SparseConfig(full="xattention", sparse="flexprefill", head_masks="all_full"))
+    assert candidate_heads(model, None, 256).sum() == 4
+    unsparsify(model)
+    sparsify(model, SparseConfig(full="xattention", sparse="xattention", head_masks="all_full"))
+    with pytest.raises(ValueError, match="read the same full and sparse"):
+        candidate_heads(model, None, 256)
+
+
+def test_other_code_is_told_that_nothing_trains(model_folder: Path) -> None:
+    model = sparsify(AutoModelForCausalLM.from_pretrained(model_folder), "streaming")
+    with pytest.raises(ValueError, match="head_elimination trains nothing: run it by run_training"):
+        prepare_stage(model, "head_elimination", MaskLearningConfig())
 
 
 def test_progress_says_how_far_it_is(values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from sparse_hf.artefact import save_artefact
 from sparse_hf.calibrate.framework import calibrate
 from sparse_hf.figures import Figure, write_figures
-from sparse_hf.lora import has_adapter
+from sparse_hf.lora import has_adapter, is_quantized
 from sparse_hf.patching import dense, get_handle, set_head_masks
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.build import build_judge, build_training_data, load_model, sparsify_for
@@ -45,7 +45,14 @@ from sparse_hf_training.observe.run_record import recorded
 from sparse_hf_training.peft import base_name
 from sparse_hf_training.progress import WorkProgress, doing
 from sparse_hf_training.run_folder import claim_output, from_main_process
-from sparse_hf_training.run_result import ARTEFACT_NAME, FIGURES_NAME, RunResult, judgement_figures, tell_data
+from sparse_hf_training.run_result import (
+    ARTEFACT_NAME,
+    DATA_REPORT_NAME,
+    FIGURES_NAME,
+    RunResult,
+    judgement_figures,
+    tell_data,
+)
 
 
 def run_selection(
@@ -140,7 +147,7 @@ def _eliminate_heads(
 ) -> RunResult:
     output, settings = Path(config.output_dir), config.head_elimination
     sparsify_for(model, config)
-    if config.quantization is None:
+    if not is_quantized(model):  # it lies on the device already
         model.to(arguments.device)  # type: ignore[arg-type]
     model.eval()
     candidates = candidate_heads(model, settings.start_from, config.data.seq_len)
@@ -162,13 +169,15 @@ def _eliminate_heads(
         figures = [Figure(case="sparse KV heads", value=sparse_share, unit="share", lower_is_better=False)]
         after = None
         if record is not None:
-            if judge is not None:
+            if judge is not None and before is None:
                 with doing(console, "judging the dense model"), dense(model):
-                    before = judge(model) if before is None else before
+                    before = judge(model)
+            if judge is not None and before is not None:
                 with doing(console, "judging sparse heads"):
                     after = judge(model)
                 figures += judgement_figures(judge, before, after, model)
             _write_elimination(config, model, tokenizer, rounds, scores, figures, command)
+            rows.everything.report.write(output / DATA_REPORT_NAME)  # again: streams are counted as they are read
             record.end("finished", result={"stage": config.stage, "figures": [asdict(figure) for figure in figures]})
         PartialState().wait_for_everyone()
     return RunResult(

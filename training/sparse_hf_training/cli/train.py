@@ -19,7 +19,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
-    """Learn head masks, masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
+    """Choose heads, learn masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
 
     Example: sparse-hf train configs/train/masks.yaml model=PATH masks.end_head_sparsity=0.7
     """
