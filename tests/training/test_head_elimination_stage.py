@@ -1,19 +1,13 @@
-"""The stage `head_elimination`: what it finds and leaves, kills and going on, several processes, what it refuses."""
+"""The stage `head_elimination`: what it finds and leaves, what it starts from, what it refuses."""
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -43,8 +37,6 @@ from sparse_hf_training.tasks import KeyValueTask, NeedleTask
 from sparse_hf_training.typed_config import build
 
 Values = Callable[..., dict[str, Any]]
-TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SECTION = {"end_head_sparsity": 0.75, "row_passes": 4}
 TASKS = [{"task": "needle", "num_needles": 2}, {"task": "key_value", "num_pairs": 4}]
 
@@ -162,125 +154,9 @@ def test_rows_are_those_of_the_data_section(values: dict[str, Any]) -> None:
             assert all(torch.equal(row[name], other[name]) for name in ("input_ids", "labels", "position_ids"))
 
 
-# ---- going on ----
-
-
 def rounds_of(folder: Path) -> list[Any]:
     found: list[Any] = json.loads((folder / "elimination.json").read_text())["rounds"]
     return found
-
-
-def assert_same_outcome(one: Path, two: Path) -> None:
-    a, b = (load_file(folder / "artefact" / "head_masks.safetensors") for folder in (one, two))
-    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
-    assert rounds_of(one) == rounds_of(two), "and every loss, bit for bit"
-
-
-def test_an_ended_run_goes_on_where_it_was(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run({**values, "output_dir": str(tmp_path / "alone")})
-    measure, asked = MaskedLoss.__call__, list[int]()
-
-    def watched(self: MaskedLoss, many: Any, first: int, count: int) -> list[float]:
-        asked.append(len(many))
-        if len(asked) == 3:
-            raise ValueError("the third round\nis not to be")
-        return measure(self, many, first, count)
-
-    monkeypatch.setattr(MaskedLoss, "__call__", watched)
-    with pytest.raises(ValueError, match="the third round"):
-        run(values)
-    assert len(rounds_of(tmp_path / "run")) == 2 and not (tmp_path / "run" / "artefact").exists()
-    run(values)
-    assert asked == [4, 3, 2, 2]
-    assert_same_outcome(tmp_path / "run", tmp_path / "alone")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [session["status"] for session in record["sessions"]] == ["failed", "finished"]
-    assert "ValueError: the third round is not to be" in record["sessions"][0]["reason"]
-    assert [session["resumed_from_step"] for session in record["sessions"]] == [None, 2]
-    run(values)
-    assert asked == [4, 3, 2, 2], "a finished run measures nothing again"
-
-
-def test_a_killed_run_ends_as_one_left_alone(shipped: dict[str, Any], tmp_path: Path) -> None:
-    shipped |= {"evaluation": {}, "head_elimination": {"end_head_sparsity": 0.25, "row_passes": 1, "drop_ratio": 0.0}}
-    config, log = tmp_path / "config.yaml", tmp_path / "log"
-    config.write_text(yaml.safe_dump(shipped))
-    file = tmp_path / "run" / "elimination.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(log, "wb") as opened:
-        process = subprocess.Popen([sys.executable, str(TRAIN), str(config)], stderr=opened, env=environment)
-    end = time.monotonic() + 120
-    while not file.exists() or len(rounds_of(file.parent)) < 2:
-        assert process.poll() is None and time.monotonic() < end, log.read_text()[-2000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 2 <= len(rounds_of(file.parent)) < 4 and not (tmp_path / "run" / "artefact").exists()
-    run(shipped)
-    run({**shipped, "output_dir": str(tmp_path / "alone")})
-    assert_same_outcome(tmp_path / "run", tmp_path / "alone")
-    sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
-    assert [session["status"] for session in sessions] == ["killed", "finished"]
-
-
-def test_two_processes_find_what_one_finds(values: dict[str, Any], tmp_path: Path) -> None:
-    """Rounds of 4, 3 and 2 masks: of three, one process has two."""
-    values["evaluation"] = {**values["evaluation"], **{"text": values["data"]["text"][0], "seq_len": 256}}
-    values["evaluation"] |= {"num_samples": 1, "num_rows": 1, "tasks": TASKS[:1]}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "two")}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*LAUNCHER, str(TRAIN), str(config), "--json"], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["artefact"] == str(tmp_path / "two" / "artefact"), "one process tells"
-    result = run({**values, "output_dir": str(tmp_path / "one")})
-    assert_same_outcome(tmp_path / "two", tmp_path / "one")
-    assert json.loads(done.stdout)["sparse"]["text_loss"] == result.sparse.text_loss  # type: ignore[union-attr]
-    session = json.loads((tmp_path / "two" / "run.json").read_text())["sessions"][0]
-    assert (session["world_size"], session["engine"]) == (2, "DDP, 2 processes, cpu")
-
-
-def test_rounds_of_other_settings_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    run(values)
-    folder = tmp_path / "run"
-    with pytest.raises(ValueError, match="holds a run already; choose another output_dir"):
-        run({**values, "resume": False})
-    changed = {**values, "head_elimination": {**SECTION, "row_passes": 5}}
-    with pytest.raises(ValueError, match=r"another configuration .*head_elimination differ"):
-        run(changed)
-    (folder / "config.yaml").unlink()
-    before = (folder / "elimination.json").read_bytes()
-    with pytest.raises(ValueError, match=r"rounds of other settings \(head_elimination differ\); choose another"):
-        run(changed)
-    with pytest.raises(ValueError, match="holds rounds already; choose another output_dir"):
-        run({**values, "resume": False})
-    assert not (folder / "config.yaml").exists() and (folder / "elimination.json").read_bytes() == before
-    (folder / "elimination.json").write_bytes(before[:-40])
-    with pytest.raises(ValueError, match=r"elimination\.json cannot be read .* truncated"):
-        run(values)
-    (folder / "elimination.json").unlink()
-    run(changed)
-
-
-def test_other_weights_or_text_under_the_same_names_are_refused(
-    values: dict[str, Any], model_folder: Path, tmp_path: Path
-) -> None:
-    """The configuration is the same, the losses are not."""
-    copy = tmp_path / "model"
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    model.save_pretrained(copy)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(copy)
-    values["model"] = str(copy)
-    run(values)
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(2)
-    model.save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"other settings \(weights differ\)"):
-        run(values)
 
 
 # ---- where it starts, and what else a run may say ----

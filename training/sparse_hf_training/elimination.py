@@ -3,9 +3,11 @@
 Recursive feature elimination (Guyon et al. 2002, Gene Selection for Cancer Classification using Support Vector
 Machines) with heads as features. A round asks of every head that is left what the loss is without it, and makes those
 sparse that are missed least. Taking one head from the dense model asks less: of two heads that stand in for each other
-neither is missed, and a head that works only with another counts while that one is still there. Every round reads as
-many rows as the others, so that the last choices, which are the closest, see the most (sequential halving, Karnin et
-al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no gradients.
+neither is missed, and a head that works only with another counts while that one is still there. Heads that go in one
+round are judged apart, so of them it asks no more than that. Every round reads as many rows as the others, but for the
+one of each kind that a mask needs at least, so that the last choices, which are the closest, see the most (sequential
+halving, Karnin et al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no
+gradients.
 """
 
 from __future__ import annotations
