@@ -66,7 +66,10 @@ def test_round_trip_with_overrides(run_yaml: Callable[..., Path], tmp_path: Path
         ("trainer.max_steps=many", r"trainer\.max_steps must be of type int, got 'many'"),
         ("trainer.learning_rate=fast", r"trainer\.learning_rate must be of type float, got 'fast'"),
         ("trainer={}", "trainer.max_steps must be positive"),
-        ("stage=mask", r"config\.yaml\.stage must be one of \['layer_selection', 'masks', .*'sft'\], got 'mask'"),
+        (
+            "stage=mask",
+            r"config\.yaml\.stage must be one of \['layer_selection', 'head_elimination', .*'sft'\], got 'mask'",
+        ),
         ("dtype=fp8", "dtype must be float32, bfloat16 or float16, got 'fp8'"),
         ("sparse={sparse: streeming}", "streeming"),
         ("sparse={window: 3}", r"unknown keys \['window'\]; known"),

@@ -14,12 +14,13 @@ import yaml
 from sparse_hf.config import SparseConfig, read_mapping
 from sparse_hf_training.compile_layers import CompileConfig
 from sparse_hf_training.data import LongDocuments, Packing, TextSource
+from sparse_hf_training.elimination import EliminationConfig
 from sparse_hf_training.layer_selection import LayerSelectionConfig
 from sparse_hf_training.masks import MaskLearningConfig
 from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.observe.config import ObserveConfig
 from sparse_hf_training.peft import LoraConfig, Quantization, check_peft_settings
-from sparse_hf_training.stages import Stage
+from sparse_hf_training.stages import UNTRAINED_STAGES, Stage
 from sparse_hf_training.tasks import RecallTask, make_task
 from sparse_hf_training.typed_config import apply_overrides, build, convert
 
@@ -152,7 +153,7 @@ class RunConfig:
         model: folder or Hub id of the base model.
         output_dir: checkpoints, artefact and figures go here.
         data: training rows.
-        stage: `layer_selection`, `masks`, `masks_and_weights` or `sft`.
+        stage: `layer_selection`, `head_elimination`, `masks`, `masks_and_weights` or `sft`.
         sparse: preset, artefact (folder or Hub id), file, or the keys of a `SparseConfig`.
         dtype: of the weights.
         lora: an adapter that trains in the weights' place, or null.
@@ -162,6 +163,7 @@ class RunConfig:
         seq_parallel_size: processes that share each row (Ulysses); must divide their number and the query heads.
         masks: how masks are learned.
         layer_selection: how the stage of this name selects layers.
+        head_elimination: how the stage of this name takes heads away.
         objective: terms of the loss.
         evaluation: how masks are judged.
         observe: what the run tells about itself.
@@ -183,6 +185,7 @@ class RunConfig:
     seq_parallel_size: int = 1
     masks: MaskLearningConfig = field(default_factory=MaskLearningConfig)
     layer_selection: LayerSelectionConfig = field(default_factory=LayerSelectionConfig)
+    head_elimination: EliminationConfig = field(default_factory=EliminationConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
@@ -196,13 +199,26 @@ class RunConfig:
         if self.seq_parallel_size < 1:
             raise ValueError(f"seq_parallel_size must be at least 1, got {self.seq_parallel_size}")
         check_peft_settings(self.stage, self.lora, self.quantization)
+        if self.stage == "head_elimination":
+            self._check_head_elimination()
         if self.compile and self.seq_parallel_size > 1:
             raise ValueError("compile: layers that share rows are not compiled; set seq_parallel_size=1")
         if self.activation_offload and not self.trainer.get("gradient_checkpointing"):
             raise ValueError("activation_offload needs trainer.gradient_checkpointing=true")
         if isinstance(self.sparse, dict):
             SparseConfig.from_dict(self.sparse)
-        object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer, self.stage != "layer_selection"))
+        object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer, self.stage not in UNTRAINED_STAGES))
+
+    def _check_head_elimination(self) -> None:
+        if self.data.recall is None or not self.data.recall.ratio or not self.data.recall.tasks:
+            raise ValueError(
+                "head_elimination judges heads by the answers of recall tasks, but data.recall has none; name tasks, "
+                "such as data.recall.tasks=[needle,key_value,chain]"
+            )
+        if self.seq_parallel_size > 1 or self.compile:
+            raise ValueError(
+                "head_elimination runs whole rows, and layers as they are; leave seq_parallel_size and compile out"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

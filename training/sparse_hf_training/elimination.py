@@ -3,9 +3,11 @@
 Recursive feature elimination (Guyon et al. 2002, Gene Selection for Cancer Classification using Support Vector
 Machines) with heads as features. A round asks of every head that is left what the loss is without it, and makes those
 sparse that are missed least. Taking one head from the dense model asks less: of two heads that stand in for each other
-neither is missed, and a head that works only with another counts while that one is still there. Every round reads as
-many rows as the others, so that the last choices, which are the closest, see the most (sequential halving, Karnin et
-al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no gradients.
+neither is missed, and a head that works only with another counts while that one is still there. Heads that go in one
+round are judged apart, so of them it asks no more than that. Every round reads as many rows as the others, but for the
+one of each kind that a mask needs at least, so that the last choices, which are the closest, see the most (sequential
+halving, Karnin et al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no
+gradients.
 """
 
 from __future__ import annotations
@@ -54,14 +56,14 @@ class EliminationConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.end_head_sparsity < 1:
-            raise ValueError(f"elimination.end_head_sparsity must lie in (0, 1), got {self.end_head_sparsity}")
+            raise ValueError(f"head_elimination.end_head_sparsity must lie in (0, 1), got {self.end_head_sparsity}")
         if not 0 <= self.drop_ratio < 1:
-            raise ValueError(f"elimination.drop_ratio must lie in [0, 1), got {self.drop_ratio}")
+            raise ValueError(f"head_elimination.drop_ratio must lie in [0, 1), got {self.drop_ratio}")
         for name in ("row_passes", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"elimination.{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"head_elimination.{name} must be positive, got {getattr(self, name)}")
         if not self.text_weight >= 0:
-            raise ValueError(f"elimination.text_weight must be 0 or more, got {self.text_weight}")
+            raise ValueError(f"head_elimination.text_weight must be 0 or more, got {self.text_weight}")
 
     def num_dropped(self, left: int, num_heads: int) -> int:
         """Heads that a round makes sparse when so many of `num_heads` are left; 0 at the end."""
@@ -72,13 +74,30 @@ class EliminationConfig:
         """Rows of each recall task, and of text, that a round reads for each of `left` masks."""
         return max(1, self.row_passes // (left * num_kinds))
 
-    def num_rows(self, candidates: Tensor, num_kinds: int) -> int:
-        """Rows of each kind that all rounds read together, none twice."""
-        left, total = int(candidates.sum()), 0
+    def plan(self, candidates: Tensor, num_kinds: int) -> list[tuple[int, int]]:
+        """Heads left, and rows of each kind for each of their masks, of every round to come.
+
+        Raises:
+            ValueError: if no more heads are full at the start than at the end.
+        """
+        left, rounds = int(candidates.sum()), list[tuple[int, int]]()
         while dropped := self.num_dropped(left, candidates.numel()):
-            total += self.rows_per_kind(left, num_kinds)
+            rounds.append((left, self.rows_per_kind(left, num_kinds)))
             left -= dropped
-        return total
+        if not rounds:
+            raise ValueError(
+                f"{left} of {candidates.numel()} KV heads are full at the start, no more than at the end "
+                f"(end_head_sparsity={self.end_head_sparsity}); start from more, or ask for a higher sparsity"
+            )
+        return rounds
+
+    def num_rows(self, candidates: Tensor, num_kinds: int) -> int:
+        """Rows of each kind that all rounds read together, none twice; errors as `plan`."""
+        return sum(count for _, count in self.plan(candidates, num_kinds))
+
+    def num_row_passes(self, candidates: Tensor, num_kinds: int) -> int:
+        """Rows that pass the model in all rounds, once for each mask; errors as `plan`."""
+        return num_kinds * sum(left * count for left, count in self.plan(candidates, num_kinds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +133,7 @@ class MaskedLoss:
         text: rows of text, labelled throughout.
         text_weight: of the text's loss.
         batch_size: rows of a forward pass.
+        after_mask: called with the number of rows when a mask has been measured on them.
     """
 
     def __init__(
@@ -124,9 +144,10 @@ class MaskedLoss:
         *,
         text_weight: float,
         batch_size: int,
+        after_mask: Callable[[int], None] = lambda num_rows: None,
     ) -> None:
         self.model, self.tasks, self.text = model, tasks, text
-        self.text_weight, self.batch_size = text_weight, batch_size
+        self.text_weight, self.batch_size, self.after_mask = text_weight, batch_size, after_mask
         self.head = LossHead(model)
 
     def __call__(self, many: Sequence[Tensor], first: int, count: int) -> list[float]:
@@ -141,6 +162,7 @@ class MaskedLoss:
             if text:
                 loss += self.text_weight * mean(list(row_losses(self.model, self.head, text, self.batch_size)))
             found.append(loss)
+            self.after_mask(len(answers) + len(text))
         return found
 
 
@@ -168,15 +190,14 @@ def eliminate(
         after_round: called with all rounds so far and the number of heads left.
 
     Returns:
-        The rounds, `before` among them; see `elimination_scores`.
+        The rounds, `before` among them; see `elimination_masks` and `elimination_scores`.
 
     Raises:
         ValueError: if fewer heads are full at the start than at the end, or a loss is not finite.
     """
-    masks, rounds = candidates.clone().long(), list(before)
-    for past in rounds:
-        for head in past.dropped:
-            masks[head] = 0
+    config.plan(candidates, num_kinds)  # raises where nothing is to be done
+    rounds = list(before)
+    masks = elimination_masks(rounds, candidates)
     first = sum(past.num_rows for past in rounds) // num_kinds
     while True:
         left: list[Head] = [(layer, head) for layer, head in masks.nonzero().tolist()]
@@ -193,11 +214,6 @@ def eliminate(
         first += count
         rounds.append(Round(losses=losses, dropped=dropped, num_rows=count * num_kinds))
         after_round(rounds, len(left) - num_dropped)
-    if not rounds:
-        raise ValueError(
-            f"{int(candidates.sum())} of {candidates.numel()} KV heads are full at the start, no more than at the end "
-            f"(end_head_sparsity={config.end_head_sparsity}); start from more, or ask for a higher sparsity"
-        )
     return rounds
 
 
@@ -207,6 +223,15 @@ def _without(masks: Tensor, head: Head) -> Tensor:
     return fewer
 
 
+def elimination_masks(rounds: Sequence[Round], candidates: Tensor) -> Tensor:
+    """Head masks after some rounds, int64 `[num_layers, num_kv_heads]`."""
+    masks = candidates.clone().long()
+    for past in rounds:
+        for head in past.dropped:
+            masks[head] = 0
+    return masks
+
+
 def elimination_scores(rounds: Sequence[Round], candidates: Tensor) -> Tensor:
     """Head scores in [0, 1], fp32 `[num_layers, num_kv_heads]`: the later a head became sparse, the higher.
 
@@ -214,13 +239,18 @@ def elimination_scores(rounds: Sequence[Round], candidates: Tensor) -> Tensor:
     """
     order = [head for past in rounds for head in past.dropped]
     last = rounds[-1].losses
-    order += sorted(set(last) - set(order), key=last.__getitem__)
+    order += sorted((head for head in last if head not in order), key=last.__getitem__)
     scores = torch.zeros(candidates.shape)
     for rank, head in enumerate(order, start=1):
         scores[head] = rank / len(order)
     return scores
 
 
+def row_passes(rounds: Sequence[Round]) -> int:
+    """Rows that passed the model, once for each mask."""
+    return sum(len(past.losses) * past.num_rows for past in rounds)
+
+
 def tokens_read(rounds: Sequence[Round], seq_len: int) -> int:
     """Tokens of all forward passes."""
-    return sum(len(past.losses) * past.num_rows for past in rounds) * seq_len
+    return row_passes(rounds) * seq_len

@@ -34,6 +34,34 @@ def doing(console: Console, what: str) -> Iterator[None]:
         yield
 
 
+class WorkProgress:
+    """A bar over work that is counted, for a `with` block; where the console is no terminal, each report is a line."""
+
+    def __init__(self, console: Console, description: str, *, total: int, completed: int = 0) -> None:
+        self.console, self.description = console, description
+        self._bar = progress_bar(console)
+        self._task = self._bar.add_task(description, total=total, completed=completed, figures="")
+
+    def __enter__(self) -> WorkProgress:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self._bar.stop()
+
+    def advance(self, amount: int) -> None:
+        self._bar.advance(self._task, amount)
+
+    def report(self, figures: str, *, completed: int) -> None:
+        """The latest figures, and how much is done in all."""
+        if self.console.is_terminal:
+            self._bar.update(self._task, figures=figures, completed=completed)
+        else:
+            self.console.print(f"{self.description}: {figures}", highlight=False, markup=False, soft_wrap=True)
+
+
 class RichProgressCallback(TrainerCallback):
     """A bar over the optimizer steps that says what is done and the latest figures; the main process alone shows it.
 

@@ -3,81 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from sparse_hf.adapters import adapter_for
 from sparse_hf.artefact import save_artefact
-from sparse_hf.calibrate.framework import calibrate
-from sparse_hf.config import SparseConfig
 from sparse_hf.figures import Figure, replace_json, write_figures
 from sparse_hf.lora import has_adapter
 from sparse_hf.patching import dense, get_handle
-from sparse_hf.sparsify import sparsify
-from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model
+from sparse_hf_training.build import TrainingData, build_judge, build_training_data, load_model, sparsify_for
 from sparse_hf_training.compile_layers import CompileConfig, compile_layers
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
 from sparse_hf_training.engines import check_processes
 from sparse_hf_training.engines.judging import DENSE_NAME, JudgeDenseCallback
 from sparse_hf_training.engines.weights import export_weights
-from sparse_hf_training.evaluation import Judge, Judgement, measure_kv_bytes
-from sparse_hf_training.layer_selection import training_sequences
+from sparse_hf_training.evaluation import Judge, Judgement
 from sparse_hf_training.masks import detach_mask_learning
 from sparse_hf_training.masks.learning import get_mask_learning
 from sparse_hf_training.objectives import outside_zero3
 from sparse_hf_training.observe.attach import (
     begin_record,
-    begin_selection_record,
     draw_mask_history,
     observe_training,
     summarize,
 )
 from sparse_hf_training.observe.run_record import recorded
-from sparse_hf_training.observe.summary import RunSummary
 from sparse_hf_training.peft import add_lora, base_name, check_adapter_engine
 from sparse_hf_training.progress import RichProgressCallback, doing
 from sparse_hf_training.run_folder import claim_output, find_resume_point, from_main_process, training_arguments
+from sparse_hf_training.run_result import (
+    ARTEFACT_NAME,
+    DATA_NAME,
+    DATA_REPORT_NAME,
+    FIGURES_NAME,
+    HISTORY_NAME,
+    RunResult,
+    judgement_figures,
+    tell_data,
+)
+from sparse_hf_training.run_selection import run_selection
 from sparse_hf_training.sequence_parallel import sequence_parallel
 from sparse_hf_training.sequence_parallel.enable import check_model
 from sparse_hf_training.sequence_parallel.groups import check_world
-from sparse_hf_training.stages import prepare_stage
+from sparse_hf_training.stages import UNTRAINED_STAGES, prepare_stage
 from sparse_hf_training.trainer import SparseTrainer
-
-ARTEFACT_NAME, FIGURES_NAME, HISTORY_NAME = "artefact", "figures.json", "history.json"
-DATA_NAME, DATA_REPORT_NAME = "data", "data.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a finished run left.
-
-    Args:
-        model: the sparsified model under its final head masks.
-        artefact: the artefact's folder.
-        scores: the gates' scores `[num_layers, num_kv_heads]`, or None for `sft`.
-        dense, sparse: judgements of the dense model before and of the sparse one after, or None without held text.
-        history: the trainer's logged rows.
-        data: what was trained on.
-        figures: the judgements side by side, on the main process.
-        summary: the run in a table, or None where nothing was trained.
-    """
-
-    model: PreTrainedModel
-    artefact: Path
-    scores: Tensor | None
-    dense: Judgement | None
-    sparse: Judgement | None
-    history: list[dict[str, float]]
-    data: TrainingData
-    figures: tuple[Figure, ...] = ()
-    summary: RunSummary | None = None
 
 
 def run_training(
@@ -105,15 +80,12 @@ def run_training(
     check_processes(arguments.world_size, expected=config.num_processes)
     console = Console(quiet=True) if arguments.process_index else console  # one process tells
     resume_from = from_main_process(lambda: find_resume_point(config, output))
+    if config.stage in UNTRAINED_STAGES:
+        return run_selection(config, arguments, before, console, command)
     with doing(console, "loading the model"):
         where = arguments.device
         model, tokenizer = load_model(config.model, config.dtype, quantization=config.quantization, device=where)
-    if config.stage == "layer_selection":
-        return _select_layers(config, arguments, model, tokenizer, before, console, command)
-    spec = SparseConfig.from_dict(config.sparse) if isinstance(config.sparse, dict) else config.sparse
-    shape = adapter_for(model).shape(model.config)
-    masks = None if config.stage == "sft" else torch.ones(shape.num_layers, shape.num_kv_heads)
-    sparsify(model, spec, head_masks=masks)
+    sparsify_for(model, config)
     if config.lora is not None:
         add_lora(model, config.lora, seed=arguments.seed)
     if (sp_size := config.seq_parallel_size) > 1:
@@ -151,7 +123,7 @@ def run_training(
     console.print(f"engine: {trainer.engine}", highlight=False)
     # Only now: a folder that holds a configuration which never worked would refuse the corrected one.
     from_main_process(lambda: claim_output(config, output))
-    _tell_data(data, output, console)
+    tell_data(data, output, console)
     throughput = observe_training(trainer, config, output)
     record = begin_record(trainer, config, output, resume_from)
     with recorded(record):
@@ -207,66 +179,6 @@ def _judge_dense(
         return None
     with doing(progress.console, "judging the dense model"), dense(model):
         return judge(model)
-
-
-def _select_layers(
-    config: RunConfig,
-    arguments: TrainingArguments,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    before: Judgement | None,
-    console: Console,
-    command: str,
-) -> RunResult:
-    if arguments.world_size > 1:
-        raise ValueError(f"layer_selection runs in one process, not in {arguments.world_size}: leave the launcher out")
-    output = Path(config.output_dir)
-    count = config.layer_selection.num_sequences
-    data = build_training_data(replace(config.data, length_schedule=()), tokenizer, count)
-    judge = build_judge(config.evaluation, tokenizer)
-    sequences = training_sequences(data.rows, count)
-    calibrator = config.layer_selection.calibrator(model, sequences.shape[1], config.data.seed)
-    claim_output(config, output)
-    _tell_data(data, output, console)
-    record = begin_selection_record(config, output, arguments.device)
-    model.to(arguments.device)  # type: ignore[arg-type]
-    with recorded(record), doing(console, "selecting layers"):
-        found = calibrate(
-            model,
-            sequences,
-            calibrator,
-            output / ARTEFACT_NAME,
-            data=", ".join(source.path for source in config.data.text),
-            resume=True,
-            base_model_name_or_path=config.model,
-            command=command,
-            progress=lambda text: console.print(text, highlight=False, markup=False) if text else None,
-        )
-        before = judge(model) if judge is not None and before is None else before
-        sparsify(model, found.folder)
-        after = None if judge is None else judge(model)
-        figures = list(found.outcome.figures)
-        if judge is not None and before is not None and after is not None:
-            figures += judgement_figures(judge, before, after, model)
-        write_figures(output / FIGURES_NAME, figures, command=command)
-        record.end("finished", result={"stage": config.stage, "figures": [asdict(figure) for figure in figures]})
-    return RunResult(
-        model=model,
-        artefact=found.folder,
-        scores=None,
-        dense=before,
-        sparse=after,
-        history=[],
-        data=data,
-        figures=tuple(figures),
-    )
-
-
-def _tell_data(data: TrainingData, output: Path, console: Console) -> None:
-    """Keeps what became of the documents in the run's folder, and shows it."""
-    from_main_process(lambda: data.report.write(output / DATA_REPORT_NAME))
-    for line in data.report.lines():
-        console.print(line, highlight=False, markup=False)
 
 
 def _load_teacher(config: RunConfig) -> PreTrainedModel:
@@ -343,35 +255,3 @@ def _finish(
         data=data,
         figures=tuple(figures),
     )
-
-
-def judgement_figures(judge: Judge, before: Judgement, after: Judgement, model: PreTrainedModel) -> list[Figure]:
-    """Recall, loss and KV bytes of a sparse model beside dense ones from the same run."""
-    seq_len = judge.seq_len
-    ids = torch.as_tensor(judge.filler.tokens[:seq_len]).long()[None].to(model.device)
-    kv_bytes, dense_kv_bytes = measure_kv_bytes(model, ids)
-    figures = [
-        Figure(
-            case=f"recall {sparse.task}, {seq_len} tokens, {sparse.num_samples} samples",
-            value=sparse.exact_match,
-            unit="share",
-            lower_is_better=False,
-            baseline=full.exact_match,
-        )
-        for full, sparse in zip(before.recall, after.recall, strict=True)
-    ]
-    loss = Figure(
-        case="loss on held text",
-        value=after.text_loss,
-        unit="nats/token",
-        lower_is_better=True,
-        baseline=before.text_loss,
-    )
-    kv = Figure(
-        case=f"KV cache at {ids.shape[1]} tokens",
-        value=kv_bytes,
-        unit="bytes",
-        lower_is_better=True,
-        baseline=dense_kv_bytes,
-    )
-    return [*figures, loss, kv]

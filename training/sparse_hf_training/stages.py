@@ -1,4 +1,4 @@
-"""The stages: select layers, learn masks, learn masks and weights, fine-tune under frozen masks."""
+"""The stages: select layers, eliminate heads, learn masks, learn masks and weights, fine-tune under frozen masks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from sparse_hf.patching import get_handle
 from sparse_hf_training.masks import MaskLearning, MaskLearningConfig, attach_mask_learning
 from sparse_hf_training.peft import set_trainable
 
-Stage = Literal["layer_selection", "masks", "masks_and_weights", "sft"]
+Stage = Literal["layer_selection", "head_elimination", "masks", "masks_and_weights", "sft"]
 STAGES = get_args(Stage)
+UNTRAINED_STAGES: tuple[Stage, ...] = ("layer_selection", "head_elimination")
+"""They look at the model as it is and choose."""
 
 
 def prepare_stage(model: PreTrainedModel, stage: Stage, masks: MaskLearningConfig) -> MaskLearning | None:
@@ -32,8 +34,8 @@ def prepare_stage(model: PreTrainedModel, stage: Stage, masks: MaskLearningConfi
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {list(STAGES)}, got {stage!r}")
-    if stage == "layer_selection":
-        raise ValueError("layer_selection trains nothing: run it by run_training, and train from its artefact")
+    if stage in UNTRAINED_STAGES:
+        raise ValueError(f"{stage} trains nothing: run it by run_training, and train from its artefact")
     handle = get_handle(model)
     set_trainable(model, stage != "masks")
     if stage == "sft":

@@ -1,11 +1,14 @@
 """Published recipes as files: what they say is what was published."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_hf.presets import preset
 from sparse_hf_training.config import RunConfig
+from sparse_hf_training.elimination import EliminationConfig
 from sparse_hf_training.masks import L1, DuoGates, HardConcreteGates, Lagrangian
 
 FOLDER = Path(__file__).parents[3] / "configs" / "train"
@@ -48,3 +51,24 @@ def test_layer_selection() -> None:
     config = RunConfig.load(FOLDER / "layer_selection.yaml")
     assert config.stage == "layer_selection" and config.layer_selection.triangle.max_loss_increase == 0.01
     assert "max_steps" not in config.trainer
+
+
+def test_head_elimination() -> None:
+    config = RunConfig.load(FOLDER / "head_elimination.yaml")
+    masks, settings = RunConfig.load(FOLDER / "masks.yaml"), config.head_elimination
+    assert config.stage == "head_elimination" and settings.end_head_sparsity == masks.masks.end_head_sparsity
+    assert settings == EliminationConfig(end_head_sparsity=0.7, row_passes=2048, batch_size=1), "else the defaults"
+    assert config.sparse == masks.sparse and config.data.seq_len == masks.data.seq_len
+    assert config.data.recall is not None and len(config.data.recall.tasks) == 3 and "max_steps" not in config.trainer
+
+
+def test_the_docs_say_what_head_elimination_costs() -> None:
+    text = (FOLDER.parents[1] / "docs" / "training" / "masks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+)(?:, (\d+) of .*?)? \| (0\.\d) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
+    assert len(rows) == 6
+    for num_heads, left, end, row_passes, *said in rows:
+        candidates = torch.zeros(int(num_heads), 1)
+        candidates[: int(left or num_heads)] = 1
+        config = EliminationConfig(end_head_sparsity=float(end), row_passes=int(row_passes))
+        found = (len(config.plan(candidates, 4)), config.num_rows(candidates, 4), config.num_row_passes(candidates, 4))
+        assert found == tuple(map(int, said))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from sparse_hf_training.run import RunResult
+    from sparse_hf_training.run_result import RunResult
 
 
 def train(
@@ -19,7 +19,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
-    """Learn head masks, masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
+    """Choose heads, learn masks and weights, or fine-tune under frozen masks; goes on where a killed run stopped.
 
     Example: sparse-hf train configs/train/masks.yaml model=PATH masks.end_head_sparsity=0.7
     """
@@ -56,7 +56,7 @@ def to_dict(result: RunResult) -> dict[str, object]:
 def _print(result: RunResult) -> None:
     from sparse_hf.cli.output import table, write
     from sparse_hf_training.observe.summary import figure_rows
-    from sparse_hf_training.run import FIGURES_NAME
+    from sparse_hf_training.run_result import FIGURES_NAME
 
     rows = figure_rows(result.figures) if result.summary is None else result.summary.rows()
     write(table("the run", ("", "value", "dense"), rows))

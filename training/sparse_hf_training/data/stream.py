@@ -65,8 +65,8 @@ class DocumentStream:
             yield from self._read_pass(place)
             place = Place(epoch=place.epoch + 1)
         raise ValueError(
-            f"{self.source.path!r} is used up after max_epochs={self.max_epochs}; train fewer steps, lower its ratio "
-            "or raise max_epochs"
+            f"{self.source.path!r} is used up after max_epochs={self.max_epochs}; give more text, read fewer rows "
+            "of it, or raise max_epochs where it may be read again"
         )
 
     def first(self, num_tokens: int) -> DocumentStore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,7 +126,7 @@ def build_training_data(
         total = sum(ratios)
         ratios = [text_share * ratio / total for ratio in ratios]
         if recall is not None:
-            filler = filler or _training_filler(config, tokenizer, sources)
+            filler = filler or training_filler(config, tokenizer, sources)
             datasets.append(
                 RecallDataset(
                     tasks=recall.built,
@@ -260,7 +260,7 @@ def filler_of(documents: DocumentStore) -> Filler:
     return Filler(documents.running_text(FILLER_TOKENS))
 
 
-def _training_filler(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: list[_Source]) -> Filler:
+def training_filler(config: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[_Source]) -> Filler:
     """Of the sources that are at hand or, where all are streams, of the first documents of the first."""
     stores = [source.text for source in sources if isinstance(source.text, DocumentStore)]
     if stores:

@@ -35,8 +35,9 @@ from sparse_hf_training.demo.recipe import (
 )
 from sparse_hf_training.evaluation import Judge, Judgement
 from sparse_hf_training.plots import plot_recall, plot_training
-from sparse_hf_training.run import FIGURES_NAME, RunResult, judgement_figures, run_training
+from sparse_hf_training.run import run_training
 from sparse_hf_training.run_folder import CONFIG_NAME
+from sparse_hf_training.run_result import FIGURES_NAME, RunResult, judgement_figures
 
 MAX_RECALL_LOSS, MAX_TEXT_LOSS = 0.05, 0.01
 COMMAND = "sparse-hf demo"

@@ -71,6 +71,11 @@ class Engine:
             raise ValueError(f"{kind} is not supported; use DDP, FSDP2 or DeepSpeed ZeRO")
         return cls(name=name, num_processes=accelerator.num_processes, device=accelerator.device.type, offload=offload)
 
+    @classmethod
+    def replicated(cls, num_processes: int, device: str) -> Engine:
+        """Of processes that each hold the whole model."""
+        return cls(name="ddp" if num_processes > 1 else "single", num_processes=num_processes, device=device)
+
     @property
     def is_deepspeed(self) -> bool:
         return self.name.startswith("zero")

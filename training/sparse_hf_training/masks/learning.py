@@ -136,7 +136,7 @@ def attach_mask_learning(model: PreTrainedModel, config: MaskLearningConfig) -> 
     if config.init_scores is not None:
         learning.gates.spread_(_scores_of(config.init_scores, shape), config.init_spread)
     if config.init_masks is not None:
-        learning.gates.start_from_(_artefact(config.init_masks, shape, "init_masks").head_masks)
+        learning.gates.start_from_(fitting_artefact(config.init_masks, shape, "init_masks").head_masks)
     device = next(handle.modules[0].parameters()).device
     learning.to("cpu" if device.type == "meta" else device)
     # No submodule: DDP, FSDP and ZeRO would wrap, shard and cast the gates, `model.to(torch.bfloat16)` round them.
@@ -179,8 +179,12 @@ def get_mask_learning(model: nn.Module) -> MaskLearning:
     return learning
 
 
-def _artefact(name: str, shape: ModelShape, field: str) -> Artefact:
-    """Raises ValueError if it is for another number of layers or KV heads."""
+def fitting_artefact(name: str, shape: ModelShape, field: str) -> Artefact:
+    """The artefact that a field of a configuration names, a folder or a Hub id.
+
+    Raises:
+        ValueError: if it is none, or for another number of layers or KV heads.
+    """
     artefact = load_artefact(resolve_artefact_folder(name))
     expected, found = [shape.num_layers, shape.num_kv_heads], list(artefact.head_masks.shape)
     if found != expected:
@@ -189,7 +193,7 @@ def _artefact(name: str, shape: ModelShape, field: str) -> Artefact:
 
 
 def _scores_of(name: str, shape: ModelShape) -> Tensor:
-    scores = _artefact(name, shape, "init_scores").scores
+    scores = fitting_artefact(name, shape, "init_scores").scores
     if scores is None:
         raise ValueError(
             f"init_scores must name an artefact with head scores {[shape.num_layers, shape.num_kv_heads]}, {name} has "
@@ -200,7 +204,7 @@ def _scores_of(name: str, shape: ModelShape) -> Tensor:
 
 def _dense_layers(name: str, shape: ModelShape) -> frozenset[int]:
     """The layers that an artefact leaves dense."""
-    artefact = _artefact(name, shape, "layers_from")
+    artefact = fitting_artefact(name, shape, "layers_from")
     methods = artefact.config.resolve(artefact.head_masks.tolist())
     return frozenset(n for n, row in enumerate(methods) if all(isinstance(method, Dense) for method in row))
 

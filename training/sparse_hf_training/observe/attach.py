@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from sparse_hf.patching import get_handle
 from sparse_hf.plots import has_matplotlib
 from sparse_hf_training.checkpoint import checkpoint_step
 from sparse_hf_training.config import RunConfig
+from sparse_hf_training.engines import Engine
 from sparse_hf_training.observe.heat_maps import HISTORY_NAME, MaskHistory, MaskHistoryCallback
 from sparse_hf_training.observe.run_record import RECORD_NAME, RunRecord, describe_session
 from sparse_hf_training.observe.summary import RunSummary, last_values
@@ -56,10 +56,25 @@ def begin_record(trainer: SparseTrainer, config: RunConfig, output: Path, resume
     return RunRecord.begin(output / RECORD_NAME, config=config.to_dict(), seeds=seeds, session=session)
 
 
-def begin_selection_record(config: RunConfig, output: Path, device: torch.device) -> RunRecord:
-    """Begins `run.json` of the stage that trains nothing, in one process."""
+def begin_selection_record(
+    config: RunConfig, output: Path, arguments: TrainingArguments, resumed_from: int | None = None
+) -> RunRecord | None:
+    """Begins `run.json` of a stage that trains nothing, on the main process; None on the others.
+
+    Args:
+        config: the run.
+        output: its folder.
+        arguments: that know the processes.
+        resumed_from: rounds of an earlier session, or None.
+    """
+    if arguments.process_index:
+        return None
     seeds = {"data": config.data.seed, "evaluation": config.evaluation.seed}
-    session = describe_session(world_size=1, engine=f"one process, {device.type}", resumed_from=None)
+    session = describe_session(
+        world_size=arguments.world_size,
+        engine=str(Engine.replicated(arguments.world_size, arguments.device.type)),
+        resumed_from=resumed_from,
+    )
     return RunRecord.begin(output / RECORD_NAME, config=config.to_dict(), seeds=seeds, session=session)
 
 
