@@ -109,7 +109,8 @@ def test_ends_where_it_should_and_reads_no_row_twice(shape: tuple[int, int], end
     left = num_heads
     for past in rounds:
         assert len(past.losses) == left and 1 <= len(past.dropped) <= max(1, drop_ratio * left)
-        assert past.num_rows == kinds or left * past.num_rows <= config.row_passes < left * (past.num_rows + kinds)
+        least = kinds * config.min_rows
+        assert past.num_rows == least or left * past.num_rows <= config.row_passes < left * (past.num_rows + kinds)
         left -= len(past.dropped)
     read = [row for _, first, count in asked.calls for row in range(first, first + count)]
     assert read == list(range(config.num_rows(candidates, kinds)))
@@ -178,6 +179,7 @@ def test_what_cannot_be_eliminated() -> None:
         ({"end_head_sparsity": 0.0}, r"must lie in \(0, 1\)"),
         ({"drop_ratio": 1.0}, r"head_elimination\.drop_ratio must lie in \[0, 1\), got 1\.0"),
         ({"row_passes": 0}, r"head_elimination\.row_passes must be positive, got 0"),
+        ({"min_rows": 0}, r"head_elimination\.min_rows must be positive, got 0"),
         ({"batch_size": 0}, r"head_elimination\.batch_size must be positive, got 0"),
         ({"text_weight": -1.0}, r"head_elimination\.text_weight must be 0 or more, got -1\.0"),
         ({"text_weight": math.nan}, "text_weight must be 0 or more"),

@@ -25,7 +25,7 @@ from sparse_hf_training.typed_config import build
 Values = Callable[..., dict[str, Any]]
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SECTION = {"end_head_sparsity": 0.75, "row_passes": 4}
+SECTION = {"end_head_sparsity": 0.75, "row_passes": 4, "min_rows": 1}
 TASKS = [{"task": "needle", "num_needles": 2}, {"task": "key_value", "num_pairs": 4}]
 
 

@@ -37,7 +37,7 @@ from sparse_hf_training.tasks import KeyValueTask, NeedleTask
 from sparse_hf_training.typed_config import build
 
 Values = Callable[..., dict[str, Any]]
-SECTION = {"end_head_sparsity": 0.75, "row_passes": 4}
+SECTION = {"end_head_sparsity": 0.75, "row_passes": 4, "min_rows": 1}
 TASKS = [{"task": "needle", "num_needles": 2}, {"task": "key_value", "num_pairs": 4}]
 
 

@@ -4,9 +4,9 @@ Recursive feature elimination (Guyon et al. 2002, Gene Selection for Cancer Clas
 Machines) with heads as features. A round asks of every head that is left what the loss is without it, and makes those
 sparse that are missed least. Taking one head from the dense model asks less: of two heads that stand in for each other
 neither is missed, and a head that works only with another counts while that one is still there. Heads that go in one
-round are judged apart, so of them it asks no more than that. Every round reads as many rows as the others, but for the
-one of each kind that a mask needs at least, so that the last choices, which are the closest, see the most (sequential
-halving, Karnin et al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no
+round are judged apart, so of them it asks no more than that. Every round reads as many rows as the others, but for
+those that a mask needs at least, so that the last choices, which are the closest, see the most (sequential halving,
+Karnin et al. 2013, Almost Optimal Exploration in Multi-Armed Bandits). Nothing is trained: forward passes, no
 gradients.
 """
 
@@ -38,8 +38,9 @@ class EliminationConfig:
     Args:
         end_head_sparsity: share of sparse KV heads at which it ends.
         drop_ratio: share of the heads left that a round makes sparse; one where that is less than one.
-        row_passes: rows that a round reads, over all the masks it compares: each mask gets the same, at least one row
-            of each recall task and one of text.
+        row_passes: rows that a round reads, over all the masks it compares, which get the same each.
+        min_rows: rows of each recall task, and of text, that a mask is judged on at least. Few rows lose a head that
+            only some of them need.
         text_weight: of the loss on text beside the loss on answers. A row of text averages thousands of tokens, of
             which few need what is far away.
         start_from: artefact folder or Hub id: heads that are sparse there are from the beginning. Gates that were
@@ -49,7 +50,8 @@ class EliminationConfig:
 
     end_head_sparsity: float = 0.5
     drop_ratio: float = 0.25
-    row_passes: int = 112
+    row_passes: int = 384
+    min_rows: int = 2
     text_weight: float = 3.0
     start_from: str | None = None
     batch_size: int = 8
@@ -59,7 +61,7 @@ class EliminationConfig:
             raise ValueError(f"head_elimination.end_head_sparsity must lie in (0, 1), got {self.end_head_sparsity}")
         if not 0 <= self.drop_ratio < 1:
             raise ValueError(f"head_elimination.drop_ratio must lie in [0, 1), got {self.drop_ratio}")
-        for name in ("row_passes", "batch_size"):
+        for name in ("row_passes", "min_rows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"head_elimination.{name} must be positive, got {getattr(self, name)}")
         if not self.text_weight >= 0:
@@ -72,7 +74,7 @@ class EliminationConfig:
 
     def rows_per_kind(self, left: int, num_kinds: int) -> int:
         """Rows of each recall task, and of text, that a round reads for each of `left` masks."""
-        return max(1, self.row_passes // (left * num_kinds))
+        return max(self.min_rows, self.row_passes // (left * num_kinds))
 
     def plan(self, candidates: Tensor, num_kinds: int) -> list[tuple[int, int]]:
         """Heads left, and rows of each kind for each of their masks, of every round to come.
