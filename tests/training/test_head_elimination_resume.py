@@ -129,7 +129,7 @@ def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "run"),
         "stage": "head_elimination",
         "sparse": {"sparse": {"method": "streaming", "num_sink_tokens": 4, "window_size": 24}},
-        "head_elimination": {"end_head_sparsity": 0.25, "row_passes": 1, "drop_ratio": 0.0},
+        "head_elimination": {"end_head_sparsity": 0.25, "row_passes": 1, "min_rows": 1, "drop_ratio": 0.0},
         "data": {"text": [{"path": str(ASSETS / "text" / "train")}], "seq_len": 256, "recall": {"tasks": TASKS}},
         "trainer": {"use_cpu": True},
     }

@@ -246,7 +246,7 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_one_forward_pass_answers_as_generate_does(load: Load, tmp_path: Path, batch_size: int) -> None:
-    line = "--sinks 4 --window 64 --seq-len 640 --train-seq-len 640 --samples 8 --rows 1 --answers generate "
+    line = "--sinks 4 --window 64 --seq-len 640 --train-seq-len 640 --samples 5 --rows 1 --answers generate "
     line += f"--batch-size {batch_size} --tasks needle:num_needles=4,chain,two_turns:num_needles=4 --out {tmp_path}"
     script = load("quality_study")
     bench, lab = script.prepare(script.parse(line.split()))
@@ -259,7 +259,7 @@ def test_one_forward_pass_answers_as_generate_does(load: Load, tmp_path: Path, b
     quick = replace(lab, answers="forward", num_checked=3)
     found = quick.measure(model, "sparse", CellStore(tmp_path / "quick", quick.settings(model)))
     assert [task.exact for task in found.tasks] == [task.exact for task in written.tasks]
-    assert 0 < sum(task.num_exact for task in found.tasks) < 24, "outcomes differ, or the comparison says little"
+    assert 0 < sum(task.num_exact for task in found.tasks) < 15, "outcomes differ, or the comparison says little"
     assert [(task.num_checked, task.num_differing) for task in found.tasks] == [(3, 0)] * 3
     assert [(task.num_checked, task.num_differing) for task in written.tasks] == [(0, 0)] * 3
 

@@ -64,6 +64,9 @@ def elimination(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> T
     """Heads taken away round by round, those first that answers and text miss least, by forward passes alone."""
     config = EliminationConfig(end_head_sparsity=head_sparsity, batch_size=bench.batch_size)
     candidates, num_kinds = torch.ones_like(get_handle(model).head_masks), len(bench.tasks) + 1
+    # As many rows pass the model as in the training of others, which passes them backward too.
+    num_rounds = len(config.plan(candidates, num_kinds))
+    config = replace(config, row_passes=max(1, bench.max_steps * bench.batch_size // num_rounds))
     length = config.num_rows(candidates, num_kinds)
     tasks = [bench.recall_rows([task], question_loss=False, length=length) for task in bench.tasks]
     text = bench.text_rows(length=length)
