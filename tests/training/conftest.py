@@ -152,6 +152,14 @@ def run_values(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[
 
 
 @pytest.fixture
+def elimination_values(run_values: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Of a run of head elimination on that model: 4 heads, 3 rounds."""
+    section = {"end_head_sparsity": 0.75, "row_passes": 4, "min_rows": 1}
+    values = run_values(stage="head_elimination", head_elimination=section, evaluation={})
+    return {**values, "dtype": "float32", "trainer": {"use_cpu": True}}
+
+
+@pytest.fixture
 def run_yaml(run_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
     """The same as a YAML file."""
 

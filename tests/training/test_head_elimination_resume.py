@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,13 @@ from sparse_hf_training.elimination import MaskedLoss
 from sparse_hf_training.run import RunResult, run_training
 from sparse_hf_training.typed_config import build
 
-Values = Callable[..., dict[str, Any]]
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SECTION = {"end_head_sparsity": 0.75, "row_passes": 4, "min_rows": 1}
 TASKS = [{"task": "needle", "num_needles": 2}, {"task": "key_value", "num_pairs": 4}]
 
 
 def run(values: dict[str, Any]) -> RunResult:
     return run_training(build(RunConfig, values))
-
-
-@pytest.fixture
-def values(run_values: Values) -> dict[str, Any]:
-    """On the tiny random model: 4 heads, 3 rounds."""
-    section = {**run_values(stage="head_elimination", head_elimination=SECTION, evaluation={}), "dtype": "float32"}
-    return {**section, "trainer": {"use_cpu": True}}
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -58,9 +48,9 @@ def assert_same_outcome(one: Path, two: Path) -> None:
 
 
 def test_an_ended_run_goes_on_where_it_was(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    elimination_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run({**values, "output_dir": str(tmp_path / "alone")})
+    run({**elimination_values, "output_dir": str(tmp_path / "alone")})
     measure, asked = MaskedLoss.__call__, list[int]()
 
     def watched(self: MaskedLoss, many: Any, first: int, count: int) -> list[float]:
@@ -71,25 +61,25 @@ def test_an_ended_run_goes_on_where_it_was(
 
     monkeypatch.setattr(MaskedLoss, "__call__", watched)
     with pytest.raises(ValueError, match="the third round"):
-        run(values)
+        run(elimination_values)
     assert len(rounds_of(tmp_path / "run")) == 2 and not (tmp_path / "run" / "artefact").exists()
-    run(values)
+    run(elimination_values)
     assert asked == [4, 3, 2, 2]
     assert_same_outcome(tmp_path / "run", tmp_path / "alone")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [session["status"] for session in record["sessions"]] == ["failed", "finished"]
     assert "ValueError: the third round is not to be" in record["sessions"][0]["reason"]
     assert [session["resumed_from_step"] for session in record["sessions"]] == [None, 2]
-    run(values)
+    run(elimination_values)
     assert asked == [4, 3, 2, 2], "a finished run measures nothing again"
 
 
-def test_rounds_of_other_settings_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    run(values)
+def test_rounds_of_other_settings_are_refused(elimination_values: dict[str, Any], tmp_path: Path) -> None:
+    run(elimination_values)
     folder = tmp_path / "run"
     with pytest.raises(ValueError, match="holds a run already; choose another output_dir"):
-        run({**values, "resume": False})
-    changed = {**values, "head_elimination": {**SECTION, "row_passes": 5}}
+        run({**elimination_values, "resume": False})
+    changed = {**elimination_values, "head_elimination": {**elimination_values["head_elimination"], "row_passes": 5}}
     with pytest.raises(ValueError, match=r"another configuration .*head_elimination differ"):
         run(changed)
     (folder / "config.yaml").unlink()
@@ -97,30 +87,30 @@ def test_rounds_of_other_settings_are_refused(values: dict[str, Any], tmp_path: 
     with pytest.raises(ValueError, match=r"rounds of other settings \(head_elimination differ\); choose another"):
         run(changed)
     with pytest.raises(ValueError, match="holds rounds already; choose another output_dir"):
-        run({**values, "resume": False})
+        run({**elimination_values, "resume": False})
     assert not (folder / "config.yaml").exists() and (folder / "elimination.json").read_bytes() == before
     (folder / "elimination.json").write_bytes(before[:-40])
     with pytest.raises(ValueError, match=r"elimination\.json cannot be read .* truncated"):
-        run(values)
+        run(elimination_values)
     (folder / "elimination.json").unlink()
     run(changed)
 
 
 def test_other_weights_or_text_under_the_same_names_are_refused(
-    values: dict[str, Any], model_folder: Path, tmp_path: Path
+    elimination_values: dict[str, Any], model_folder: Path, tmp_path: Path
 ) -> None:
     """The configuration is the same, the losses are not."""
     copy = tmp_path / "model"
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.save_pretrained(copy)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(copy)
-    values["model"] = str(copy)
-    run(values)
+    elimination_values["model"] = str(copy)
+    run(elimination_values)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(2)
     model.save_pretrained(copy)
     with pytest.raises(ValueError, match=r"other settings \(weights differ\)"):
-        run(values)
+        run(elimination_values)
 
 
 def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path) -> None:
@@ -152,19 +142,24 @@ def test_a_killed_run_ends_as_one_left_alone(tmp_path: Path) -> None:
     assert [session["status"] for session in sessions] == ["killed", "finished"]
 
 
-def test_two_processes_find_what_one_finds(values: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(elimination_values: dict[str, Any], tmp_path: Path) -> None:
     """Rounds of 4, 3 and 2 masks: of three, one process has two."""
-    values["evaluation"] = {"text": values["data"]["text"][0], "seq_len": 256, "num_samples": 1, "num_rows": 1}
-    values["evaluation"]["tasks"] = TASKS[:1]
+    elimination_values["evaluation"] = {
+        "text": elimination_values["data"]["text"][0],
+        "seq_len": 256,
+        "num_samples": 1,
+        "num_rows": 1,
+    }
+    elimination_values["evaluation"]["tasks"] = TASKS[:1]
     config, log = tmp_path / "config.yaml", tmp_path / "log"
-    config.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "two")}))
+    config.write_text(yaml.safe_dump({**elimination_values, "output_dir": str(tmp_path / "two")}))
     process = start([*LAUNCHER, str(TRAIN), str(config)], log)
     try:
         assert process.wait(300) == 0, log.read_text()[-3000:]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    result = run({**values, "output_dir": str(tmp_path / "one")})
+    result = run({**elimination_values, "output_dir": str(tmp_path / "one")})
     assert_same_outcome(tmp_path / "two", tmp_path / "one")
     assert log.read_text().count("round 3, 1 heads left") == 1, "one process tells"
     figures = json.loads((tmp_path / "two" / "figures.json").read_text())

@@ -37,19 +37,11 @@ from sparse_hf_training.tasks import KeyValueTask, NeedleTask
 from sparse_hf_training.typed_config import build
 
 Values = Callable[..., dict[str, Any]]
-SECTION = {"end_head_sparsity": 0.75, "row_passes": 4, "min_rows": 1}
 TASKS = [{"task": "needle", "num_needles": 2}, {"task": "key_value", "num_pairs": 4}]
 
 
 def run(values: dict[str, Any]) -> RunResult:
     return run_training(build(RunConfig, values))
-
-
-@pytest.fixture
-def values(run_values: Values) -> dict[str, Any]:
-    """On the tiny random model: 4 heads, 3 rounds."""
-    section = {**run_values(stage="head_elimination", head_elimination=SECTION, evaluation={}), "dtype": "float32"}
-    return {**section, "trainer": {"use_cpu": True}}
 
 
 @pytest.fixture
@@ -127,14 +119,19 @@ def test_stage_gives_what_the_rounds_give_on_the_same_rows(
     assert (data["rows"], data["recall_rows"], data["sources"][0]["rows_used"]) == (3 * count, 2 * count, count)
 
 
-def test_rows_are_those_of_the_data_section(values: dict[str, Any]) -> None:
+def test_rows_are_those_of_the_data_section(elimination_values: dict[str, Any]) -> None:
     """Each task has samples of its own whatever the mixture says; text is packed, and shuffled by the seed."""
     recall = {"tasks": TASKS, "question_loss": True, "ratio": 0.1}
-    values["data"] = {**values["data"], "seed": 5, "recall": recall, "length_schedule": [[0, 128], [9, 256]]}
-    data = run(values).data
+    elimination_values["data"] = {
+        **elimination_values["data"],
+        "seed": 5,
+        "recall": recall,
+        "length_schedule": [[0, 128], [9, 256]],
+    }
+    data = run(elimination_values).data
     count = len(data.rows) // 3  # type: ignore[arg-type]
-    tokenizer = AutoTokenizer.from_pretrained(values["model"])
-    documents = read_sources((TextSource(**values["data"]["text"][0]),), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(elimination_values["model"])
+    documents = read_sources((TextSource(**elimination_values["data"]["text"][0]),), tokenizer)
     expected = [
         RecallDataset(
             tasks=[task],
@@ -163,37 +160,45 @@ def rounds_of(folder: Path) -> list[Any]:
 
 
 def test_heads_that_are_sparse_elsewhere_are_so_from_the_beginning(
-    values: dict[str, Any], model_folder: Path, tmp_path: Path
+    elimination_values: dict[str, Any], model_folder: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = SparseConfig.from_dict(values["sparse"])
+    config = SparseConfig.from_dict(elimination_values["sparse"])
     save_artefact(sparsify(model, config, head_masks=[[1, 0], [1, 1]]), tmp_path / "narrow")
-    values["head_elimination"] = {**SECTION, "start_from": str(tmp_path / "narrow")}
-    result = run(values)
+    elimination_values["head_elimination"] = {
+        **elimination_values["head_elimination"],
+        "start_from": str(tmp_path / "narrow"),
+    }
+    result = run(elimination_values)
     masks = get_handle(result.model).head_masks
     assert masks[0, 1] == 0 and int(masks.sum()) == 1 and result.scores is not None and result.scores[0, 1] == 0
     rounds = rounds_of(tmp_path / "run")
     assert [len(past["losses"]) for past in rounds] == [3, 2]
     assert all(found[:2] != [0, 1] for past in rounds for found in past["losses"])
-    enough = {**values["head_elimination"], "end_head_sparsity": 0.25}
+    enough = {**elimination_values["head_elimination"], "end_head_sparsity": 0.25}
     with pytest.raises(ValueError, match="3 of 4 KV heads are full at the start, no more than at the end"):
-        run({**values, "head_elimination": enough, "output_dir": str(tmp_path / "other")})
+        run({**elimination_values, "head_elimination": enough, "output_dir": str(tmp_path / "other")})
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_without_text_in_the_loss_and_with_weights_in_four_bits(
-    values: dict[str, Any], tmp_path: Path, quantization: str | None
+    elimination_values: dict[str, Any], tmp_path: Path, quantization: str | None
 ) -> None:
     if quantization:
         pytest.importorskip("bitsandbytes")
-    values |= {"quantization": quantization, "head_elimination": {**SECTION, "text_weight": 0.0}}
-    result = run(values)
+    elimination_values |= {
+        "quantization": quantization,
+        "head_elimination": {**elimination_values["head_elimination"], "text_weight": 0.0},
+    }
+    result = run(elimination_values)
     assert [past["num_rows"] for past in rounds_of(tmp_path / "run")] == [1, 1, 2]
     assert int(get_handle(result.model).head_masks.sum()) == 1 and not (result.artefact / "config.json").exists()
 
 
-def test_a_model_with_an_adapter_keeps_it(values: dict[str, Any], run_values: Values, tmp_path: Path) -> None:
+def test_a_model_with_an_adapter_keeps_it(
+    elimination_values: dict[str, Any], run_values: Values, tmp_path: Path
+) -> None:
     tuned = run(
         run_values(
             stage="masks_and_weights",
@@ -203,21 +208,24 @@ def test_a_model_with_an_adapter_keeps_it(values: dict[str, Any], run_values: Va
             output_dir=str(tmp_path / "tuned"),
         )
     )
-    result = run({**values, "model": str(tuned.artefact)})
+    result = run({**elimination_values, "model": str(tuned.artefact)})
     artefact = load_artefact(result.artefact)
-    assert artefact.adapter and artefact.base_model_name_or_path == values["model"]
+    assert artefact.adapter and artefact.base_model_name_or_path == elimination_values["model"]
     file = "adapter_model.safetensors"
     before, after = load_file(tuned.artefact / file), load_file(result.artefact / file)
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_streamed_text(values: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
+def test_streamed_text(elimination_values: dict[str, Any], text_file: Path, tmp_path: Path) -> None:
     long, short = ({"path": str(path), "streaming": True} for path in (ASSETS / "text" / "validation", text_file))
-    values["data"] = {**values["data"], "text": [long]}
-    assert int(get_handle(run(values).model).head_masks.sum()) == 1
-    values |= {"output_dir": str(tmp_path / "short"), "data": {**values["data"], "text": [short]}}
+    elimination_values["data"] = {**elimination_values["data"], "text": [long]}
+    assert int(get_handle(run(elimination_values).model).head_masks.sum()) == 1
+    elimination_values |= {
+        "output_dir": str(tmp_path / "short"),
+        "data": {**elimination_values["data"], "text": [short]},
+    }
     with pytest.raises(ValueError, match="is used up after max_epochs=1"):
-        run(values)
+        run(elimination_values)
 
 
 @pytest.mark.parametrize(
@@ -247,12 +255,14 @@ def test_streamed_text(values: dict[str, Any], text_file: Path, tmp_path: Path) 
         ({"head_elimination": {"start_from": "no such folder"}}, "'no such folder' is neither a preset, a folder here"),
     ],
 )
-def test_what_is_refused(values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_is_refused(
+    elimination_values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     for name, value in changes.items():
         section, _, key = name.partition(".")
-        values[section] = {**values[section], key: value} if key else value
+        elimination_values[section] = {**elimination_values[section], key: value} if key else value
     with pytest.raises(ValueError, match=message):
-        run(values)
+        run(elimination_values)
     assert not (tmp_path / "run").exists()  # or the corrected configuration would be refused there
 
 
@@ -295,9 +305,9 @@ def test_other_code_is_told_that_nothing_trains(model_folder: Path) -> None:
         prepare_stage(model, "head_elimination", MaskLearningConfig())
 
 
-def test_progress_says_how_far_it_is(values: dict[str, Any]) -> None:
+def test_progress_says_how_far_it_is(elimination_values: dict[str, Any]) -> None:
     text = io.StringIO()
-    run_training(build(RunConfig, values), console=Console(file=text, width=400))
+    run_training(build(RunConfig, elimination_values), console=Console(file=text, width=400))
     lines = [line for line in text.getvalue().splitlines() if line.startswith("eliminating heads")]
     assert [line.partition(", loss")[0] for line in lines] == [
         f"eliminating heads: round {number}, {left} heads left" for number, left in ((1, 3), (2, 2), (3, 1))
