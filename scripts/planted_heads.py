@@ -3,7 +3,7 @@
     python scripts/planted_heads.py --out docs/benchmarks
 
 Writes planted_heads.json. Each seed is a model of its own with two planted heads, of sixteen by default; a recipe is
-asked for two full heads. Needs no data; half an hour on a CPU.
+asked for two full heads. Needs no data; a quarter of an hour on a CPU.
 """
 
 from __future__ import annotations
