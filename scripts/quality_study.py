@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from sparse_hf.calibrate.text import CalibrationText
 from sparse_hf.figures import Figure, command_line, write_figures
 from sparse_hf.methods import Method, Streaming, Triangle, XAttention
-from sparse_hf.methods.dynamic import DynamicMethod
 from sparse_hf.plots import has_matplotlib
 from sparse_hf.progress import progress_bar
 from sparse_hf_training.data import PackedTextDataset, pack_documents, text_documents
@@ -67,7 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
-    parser.add_argument("--answers", choices=get_args(Answers), help="default: forward where sparse heads are static")
+    parser.add_argument("--answers", choices=get_args(Answers), help="default: forward for streaming heads")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
     parser.add_argument("--jobs", type=int, default=1, help="units measured side by side, spread over the GPUs")
     parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
@@ -121,7 +120,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
         num_samples=options.samples,
         num_rows=options.rows,
         batch_size=options.batch_size,
-        answers=options.answers or ("generate" if isinstance(bench.branch, DynamicMethod) else "forward"),
+        answers=options.answers or ("forward" if isinstance(bench.branch, Streaming) else "generate"),
     )
     return bench, lab
 

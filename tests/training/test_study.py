@@ -250,7 +250,9 @@ def test_one_forward_pass_answers_as_generate_does(load: Load, tmp_path: Path, b
     line += f"--batch-size {batch_size} --tasks needle:num_needles=4,chain,two_turns:num_needles=4 --out {tmp_path}"
     script = load("quality_study")
     bench, lab = script.prepare(script.parse(line.split()))
-    assert script.prepare(script.parse(line.replace("--answers generate", "").split()))[1].answers == "forward"
+    for branch, answers in (("streaming", "forward"), ("triangle", "generate")):
+        by_default = line.replace("--answers generate", f"--branch {branch}")
+        assert script.prepare(script.parse(by_default.split()))[1].answers == answers
     model = bench.model().eval()
     masks = torch.zeros(4, 4)
     masks[2:] = 1

@@ -55,7 +55,8 @@ class Lab:
         chunk: tokens per forward pass of a prefill; None for all at once.
         num_decoded: tokens that are decoded to measure the footprint, the last of `seq_len`.
         answers: `generate` writes them from the cache; `forward` takes the first choices of one pass over the whole
-            sample, in a fraction of the time. They are the same where the cache keeps all that static heads read.
+            sample, in a fraction of the time. They are the same where what a token reads depends on its position
+            alone, as with windows: last rows of a prefill (triangle) and dynamic methods read otherwise in one pass.
         num_checked: samples of each task that `generate` answers too, under `forward`: see `TaskOutcome`.
     """
 
