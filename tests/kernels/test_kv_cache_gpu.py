@@ -298,6 +298,24 @@ def test_graphs_and_eager_steps_take_turns(make_case: Callable) -> None:
     assert parts_left(work.counters) == parts_left(other_work.counters)
 
 
+def test_a_launch_that_begins_while_the_one_before_ends(make_case: Callable) -> None:
+    """Each step reads the lengths and the token that the step before wrote, and has the bits of steps far apart."""
+    steps = 500
+    case = make_case(lengths=(1500, 63), room=steps + 8)
+    apart = copy.deepcopy(case.storage)
+    tokens = [(*case.new(), case.valid(step)) for step in range(steps)]
+    work = other_work = None
+    outs = []
+    for q, k, v, valid in tokens:
+        out, work = decode_attention(q, k, v, case.storage, scale=case.scale, valid=valid, work=work)
+        outs.append(out)
+    for step, (q, k, v, valid) in enumerate(tokens):
+        torch.cuda.synchronize()
+        out, other_work = decode_attention(q, k, v, apart, scale=case.scale, valid=valid, work=other_work)
+        assert torch.equal(out, outs[step]), f"step {step}"
+    assert torch.equal(case.storage.state, apart.state) and case.storage.lengths.min() > 63 + steps // 3
+
+
 def test_two_caches_on_two_streams() -> None:
     """Launches whose programs wait for each other, both at once: a hang is the worker's, which is ended."""
     worker = Path(__file__).parent / "workers" / "decode_streams.py"

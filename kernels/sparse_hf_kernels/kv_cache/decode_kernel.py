@@ -6,36 +6,31 @@ several, each program leaves its part of the softmax. Once it has left all of it
 those of the head that it began amid, and merges a slice of them: as no program waits before its last part is left, and
 all of them are on the device at once, all parts come. All programs read the lengths; the last one to have done so
 counts the new token, so that a captured graph goes on by itself.
+
+A launch may begin while the kernel before it ends (programmatic dependent launch). Until that one's results can be seen
+it asks for the first tiles to be brought into L2, which spoils nothing even if what it went by was about to change.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from sparse_hf_kernels.kv_cache.ahead import wait_for_kernel_before
 from sparse_hf_kernels.kv_cache.parts import NEVER, leave, merge
+from sparse_hf_kernels.kv_cache.shares import (
+    blocks_of,
+    holder,
+    pick,
+    pick_all,
+    read_state,
+    read_table,
+    share_out,
+    slots_of,
+)
 from sparse_hf_kernels.kv_cache.store_kernel import quantized
 
 LARGEST_DISTANCE = tl.constexpr(2**30)
 """From here on `max_distance` is none."""
-
-
-@triton.jit
-def _pick(x, here):
-    """x where `here` is true, which is one place, from registers."""
-    return tl.sum(tl.where(here, x, 0), 0)
-
-
-@triton.jit
-def _blocks(length, recent, sinks, window, num_dense_rows, BN: tl.constexpr):
-    """What the query at `length` visits of a head: blocks of sinks, the first block of the run after them, their total,
-    and the first position of its window. A ring is visited from slot 0 on."""
-    linear = recent < 0
-    low = tl.where(length < num_dense_rows, 0, tl.maximum(length - window + 1, 0))
-    low_block = tl.where(linear, low // BN, 0)
-    sink_blocks = tl.minimum((sinks + BN - 1) // BN, low_block)
-    end = tl.where(linear, length, tl.minimum(length, recent + sinks))
-    total = sink_blocks + (end + BN - 1) // BN - low_block
-    # The new token needs a program even where nothing is stored yet.
-    return sink_blocks, low_block, tl.maximum(total, 1), low
 
 
 @triton.jit
@@ -174,26 +169,6 @@ def _count_token(
 
 
 @triton.jit
-def _read(
-    state_ptr, counters_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS: tl.constexpr, HAS_VALID: tl.constexpr
-):  # fmt: skip
-    """Length, table entries and validity of every row, the slots before, and which of the two sets of counters is this
-    launch's; all on their way at once."""
-    all_lengths = tl.load(state_ptr + 1 + rows // KV_HEADS, mask=exists, other=0)
-    slots_before = tl.load(state_ptr)
-    turn = tl.load(counters_ptr + 1)
-    table = heads_ptr + (rows % KV_HEADS) * 4
-    all_recent = tl.load(table, mask=exists, other=0)
-    all_sinks = tl.load(table + 1, mask=exists, other=0)
-    all_windows = tl.load(table + 2, mask=exists, other=1)
-    all_places = tl.load(table + 3, mask=exists, other=0)
-    all_valid = exists
-    if HAS_VALID:
-        all_valid = tl.load(valid_ptr + rows // KV_HEADS, mask=exists, other=0) != 0
-    return all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before, turn
-
-
-@triton.jit
 def _new_slot(length, recent, sinks, linear, capacity, count, BN: tl.constexpr):
     """Where the new token goes, whether it stays, and the block it goes with."""
     turned = sinks + (length - sinks) % tl.maximum(recent, 1)
@@ -201,23 +176,6 @@ def _new_slot(length, recent, sinks, linear, capacity, count, BN: tl.constexpr):
     slot = tl.where(pushes, turned, length)
     stays = tl.where(linear, length < capacity, (recent > 0) | (length < sinks))
     return slot, stays, tl.where(pushes & stays, slot // BN, count - 1)
-
-
-@triton.jit
-def _share(all_units, MIN_SHARE: tl.constexpr):
-    """First unit of this program, the end of its units, and how they are shared out, see `_holder`."""
-    pid = tl.program_id(0)
-    even = all_units // tl.num_programs(0)
-    share = tl.maximum(even, MIN_SHARE)
-    extra = tl.where(even < MIN_SHARE, 0, all_units - even * tl.num_programs(0))
-    unit = pid * share + tl.minimum(pid, extra)
-    return unit, tl.minimum(unit + share + (pid < extra).to(tl.int32), all_units), share, extra
-
-
-@triton.jit
-def _holder(unit, share, extra):
-    """The program that has a unit of the work: the first `extra` of them have share + 1 units, the others share."""
-    return tl.maximum(unit // (share + 1), (unit - extra) // share)
 
 
 @triton.jit(do_not_specialize=["capacity", "ring_slots", "num_linear", "num_rows", "num_dense_rows", "max_distance"])
@@ -229,44 +187,43 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr, BM: tl.constexpr,
     HAS_VALID: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr, OVERLAPS: tl.constexpr,
+    TILES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
     `out [batch, num_heads, D]` is contiguous. `scale` includes log2(e). acc, stat and counters: see `Workspace`. WAITS:
-    all programs are resident at once; else the last that leaves its part of a head merges the whole head.
+    all programs are resident at once; else the last that leaves its part of a head merges the whole head. OVERLAPS: the
+    launch may begin before the kernel before it has ended.
     """
+    if OVERLAPS:
+        wait_for_kernel_before(
+            keys_ptr, values_ptr, state_ptr, heads_ptr, capacity, ring_slots, num_linear, num_rows, num_dense_rows,
+            KV_HEADS, D, BN, ROWS, MIN_SHARE, HEAD_COST, TILES_AHEAD,
+        )  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows
-    all_lengths, all_recent, all_sinks, all_windows, all_places, all_valid, slots_before, turn = _read(
-        state_ptr, counters_ptr, valid_ptr, heads_ptr, rows, exists, KV_HEADS, HAS_VALID
+    all_lengths, all_valid, slots_before, turn = read_state(
+        state_ptr, counters_ptr, valid_ptr, rows, exists, KV_HEADS, HAS_VALID
     )
-    _, _, counts, _ = _blocks(all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN)
-    # A head's first units of work are none: they stand for what beginning with a head takes.
-    units = tl.where(exists, counts + HEAD_COST, 0)
-    ends = tl.cumsum(units, 0)
-    all_units = tl.sum(units, 0)
-    unit, stop, share, extra = _share(all_units, MIN_SHARE)
+    all_recent, all_sinks, all_windows, all_places = read_table(heads_ptr, rows, exists, KV_HEADS)
+    _, _, counts, _ = blocks_of(all_lengths, all_recent, all_sinks, all_windows, num_dense_rows, BN)
+    units, ends, unit, stop, share, extra = share_out(counts, exists, HEAD_COST, MIN_SHARE)
     g = tl.arange(0, BG)
     dims = tl.arange(0, BD)
     in_dims = dims < D
     q_mask = (g < GROUP)[:, None] & in_dims[None, :]
-    row_slots = ring_slots + num_linear.to(tl.int64) * capacity
     arrivals_ptr = counters_ptr + 2 + turn * num_rows
     done = tl.full([], -1, tl.int32)
     amid_row, amid_first, amid_last, arrived = done, done, done, done
     while unit < stop:
         here = (unit < ends) & (unit >= ends - units)
-        row = _pick(rows, here)
-        end = _pick(ends, here)
-        length = _pick(all_lengths, here)
-        recent = _pick(all_recent, here)
-        sinks = _pick(all_sinks, here)
-        window = _pick(all_windows, here)
-        place = _pick(all_places, here).to(tl.int64)
+        row, end, length, recent, sinks, window, place = pick_all(
+            rows, ends, all_lengths, all_recent, all_sinks, all_windows, all_places, here
+        )
         linear = recent < 0
-        sink_blocks, low_block, count, low = _blocks(length, recent, sinks, window, num_dense_rows, BN)
+        sink_blocks, low_block, count, low = blocks_of(length, recent, sinks, window, num_dense_rows, BN)
         begin = end - count  # of its blocks among the units
         first = tl.maximum(unit - begin, 0)
         last = tl.minimum(end, stop) - begin
@@ -274,7 +231,7 @@ def _decode_kernel(
             stored = tl.minimum(length, tl.where(linear, capacity, recent + sinks))
             b = (row // KV_HEADS).to(tl.int64)
             head = row % KV_HEADS
-            base = b * row_slots + tl.where(linear, ring_slots + place * capacity, place)
+            base = slots_of(row, place, linear, capacity, ring_slots, num_linear, KV_HEADS)
             clear = tl.where((low > 0) | (max_distance < LARGEST_DISTANCE), 0, stored // BN)
             last_clear = tl.minimum(tl.maximum(clear, first), last)
             heads = head * GROUP + g
@@ -290,7 +247,7 @@ def _decode_kernel(
                 sink_blocks, low_block, length, stored, low, sinks, linear, max_distance, scale,
                 BG, D, BD, BN, QUANTIZED, PRECISION, STAGES,
             )  # fmt: skip
-            is_valid = _pick(all_valid.to(tl.int32), here) != 0
+            is_valid = pick(all_valid.to(tl.int32), here) != 0
             if owned:
                 top, total, acc = _attend_new(q, k_new, v_new, top, total, acc, is_valid, scale)
                 if is_valid & stays:
@@ -299,7 +256,7 @@ def _decode_kernel(
                         D, BD, QUANTIZED, ROUNDS, LARGEST,
                     )  # fmt: skip
             top, total, acc = _settled(top, total, acc, linear & (length > capacity), is_valid, HAS_VALID)
-            head_first, head_last = _holder(begin, share, extra), _holder(end - 1, share, extra)
+            head_first, head_last = holder(begin, share, extra), holder(end - 1, share, extra)
             came, done = leave(
                 top, total, acc, out_ptr + row.to(tl.int64) * (GROUP * D), acc_ptr, stat_ptr, arrivals_ptr + row,
                 counters_ptr, head_first, head_last, end >= stop, GROUP, BG, BM, D, BD, WAITS,
@@ -308,6 +265,8 @@ def _decode_kernel(
                 amid_row, amid_first, amid_last, arrived = row, head_first, head_last, came
         unit = end
 
+    if OVERLAPS:
+        gdc_launch_dependents()  # its programs take the places of those that have ended
     if done < 0:
         tl.debug_barrier()  # all warps have read the lengths
         done = tl.atomic_add(counters_ptr, 1, sem="relaxed")
