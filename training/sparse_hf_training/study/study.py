@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from sparse_hf.config import SparseConfig
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
-from sparse_hf.patching import get_handle, set_head_masks
+from sparse_hf.patching import set_head_masks
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.lab import DENSE, Lab, Progress
@@ -29,6 +30,8 @@ SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
 TUNE_RECALL_SHARE = 0.9
 SCORES = "scores"
 """The variant under which the store keeps them."""
+LONGEST_MASKS = 120
+"""Characters of a variant's name that spells masks out; names of files end at 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,14 @@ class Unit:
         recipe = RECIPES.get(self.recipe)
         name = f"{self.recipe}, seed {self.seed}"
         return f"{name}, {100 * self.head_sparsity:g}% sparse" if recipe is None or recipe.per_sparsity else name
+
+
+def masks_variant(masks: Tensor) -> str:
+    """Names the cells of head masks on the weights as they are: the same for whoever found the masks."""
+    full = " ".join(f"{layer}.{head}" for layer, head in masks.nonzero().tolist()) or "none"
+    if len(full) > LONGEST_MASKS:
+        full = f"{int(masks.sum())} of digest {hashlib.sha256(full.encode()).hexdigest()[:16]}"
+    return f"full heads {full}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,23 +159,30 @@ class Study:
     def measure(
         self, unit: Unit, progress: Callable[[Unit | None, str], None] = lambda unit, what: None
     ) -> VariantResult:
-        """All cells of a unit, from the store or measured now."""
+        """All cells of a unit, from the store or measured now; equal masks on the same weights share theirs."""
         step = self._step(unit, progress)
+        if unit.stage == "masks" and unit.recipe != UNIFORM_WINDOW:
+            progress(unit, "heads")
+            return replace(self._measure_masks(self.masks(unit), step), name=unit.variant)
         if self.lab.complete(unit.variant, self.store):
             return self.lab.measure(self.model, unit.variant, self.store, step)
         progress(unit, "heads")
         if unit.recipe == UNIFORM_WINDOW:
             model = self._uniform_window(unit)
         else:
-            model = self.model if unit.stage == "masks" else self.bench_model()
+            model = self.bench_model()
             set_head_masks(model, self.masks(unit))
         if unit.stage == "masks_and_weights":
             progress(unit, "weights")
             self._tune(model, unit)
+        return self.lab.measure(model, unit.variant, self.store, step)
+
+    def _measure_masks(self, masks: Tensor, step: Progress) -> VariantResult:
+        set_head_masks(self.model, masks)
         try:
-            return self.lab.measure(model, unit.variant, self.store, step)
+            return self.lab.measure(self.model, masks_variant(masks), self.store, step)
         finally:
-            set_head_masks(self.model, torch.ones_like(get_handle(self.model).head_masks))
+            set_head_masks(self.model, torch.ones_like(masks))
 
     def bench_model(self) -> PreTrainedModel:
         """A model of its own whose weights may train: in fp32."""

@@ -1,0 +1,153 @@
+"""What a study does once: equal masks are measured, and heads ranked, one time for all units that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import sparse_hf_training.evaluation.lab as lab_module
+from sparse_hf import Streaming
+from sparse_hf.figures import replace_json
+from sparse_hf_training.data import PackedTextDataset, pack_documents, text_document
+from sparse_hf_training.evaluation.lab import Lab
+from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.recipes import RECIPES
+from sparse_hf_training.study.study import Plan, Study, Unit, masks_variant
+from sparse_hf_training.tasks import Filler, KeyValueTask
+
+SEQ_LEN = 128
+TASK = KeyValueTask(num_pairs=2)
+
+
+@pytest.fixture
+def bench(model_folder: Path, story: str, tokenizer: PreTrainedTokenizerFast, filler: Filler) -> Bench:
+    """Of a tiny random model with 2 layers of 2 KV heads."""
+    return Bench(
+        load=lambda: AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        tokenizer=tokenizer,
+        branch=Streaming(num_sink_tokens=2, window_size=8),
+        filler=filler,
+        rows=PackedTextDataset(pack_documents([text_document(story, tokenizer)], SEQ_LEN)[0]),
+        tasks=[TASK],
+        seq_len=SEQ_LEN,
+        max_steps=2,
+    )
+
+
+@pytest.fixture
+def lab(bench: Bench) -> Lab:
+    assert bench.tokenizer is not None
+    return Lab(
+        tokenizer=bench.tokenizer,
+        tasks=[TASK],
+        filler=bench.filler,
+        rows=bench.rows,
+        seq_len=SEQ_LEN,
+        num_samples=2,
+        num_rows=1,
+        num_decoded=2,
+        answers="forward",
+        num_checked=1,
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The model of each time that text is measured, once a variant."""
+    models: list[Any] = []
+    original = lab_module.text_loss
+
+    def watched(model: Any, *more: Any) -> Any:
+        models.append(model)
+        return original(model, *more)
+
+    monkeypatch.setattr(lab_module, "text_loss", watched)
+    return models
+
+
+def give_scores(monkeypatch: pytest.MonkeyPatch, **scores: list[list[float]]) -> None:
+    """Lets recipes find these scores."""
+    for name, values in scores.items():
+        found = torch.tensor(values)
+        monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], rank=lambda *_, found=found: found))
+
+
+def unit(recipe: str, head_sparsity: float = 0.5, stage: str = "masks") -> Unit:
+    return Unit(recipe=recipe, head_sparsity=head_sparsity, seed=0, stage=stage)
+
+
+def test_equal_masks_are_measured_once(
+    bench: Bench, lab: Lab, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both keep the last layer; at 75% each keeps another one of its heads.
+    give_scores(monkeypatch, ablation=[[0.0, 1.0], [2.0, 3.0]], random=[[1.0, 0.0], [9.0, 8.0]])
+    plan = Plan(recipes=("ablation", "random", "uniform_window"), sparsities=(0.5, 0.75), stages=("masks",))
+    study = Study(bench, lab, plan, tmp_path)
+    one, other = study.measure(unit("ablation")), study.measure(unit("random"))
+    assert len(measured) == 1 and one.name == unit("ablation").variant and other.name == unit("random").variant
+    assert replace(other, name=one.name) == one
+    (path,) = {path.name.split("--")[0] for path in (tmp_path / "cells").glob("*text*")}
+    assert path == "full-heads-1.0-1.1"
+    differing = [study.measure(unit(name, 0.75)) for name in ("ablation", "random")]
+    assert len(measured) == 3 and differing[0].text != differing[1].text
+    assert differing[0].footprint.held == differing[1].footprint.held < one.footprint.held
+    # A window on all heads, and weights that are tuned, are none of a ranking's masks alone.
+    window = study.measure(unit("uniform_window"))
+    tuned = [study.measure(unit(name, stage="masks_and_weights")) for name in ("ablation", "random")]
+    assert len(measured) == 6 and window.text != one.text != tuned[0].text
+    again = Study(bench, lab, plan, tmp_path)
+    assert [again.measure(unit(name)) for name in ("ablation", "random", "uniform_window")] == [one, other, window]
+    assert [again.measure(unit(name, stage="masks_and_weights")) for name in ("ablation", "random")] == tuned
+    assert len(measured) == 6, "a study that goes on finds all of it"
+
+
+def test_a_study_that_stops_amid_masks_goes_on(
+    bench: Bench, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_scores(monkeypatch, ablation=[[0.0, 1.0], [2.0, 3.0]])
+    whole = Study(bench, lab, Plan(), tmp_path / "whole").measure(unit("ablation"))
+    study = Study(bench, lab, Plan(), tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(lab_module, "measure_footprint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            study.measure(unit("ablation"))
+    assert len(list((tmp_path / "cut" / "cells").glob("full-heads*"))) == 2
+    found = study.measure(unit("ablation"))
+    assert (found.text, found.footprint.kv_bytes) == (whole.text, whole.footprint.kv_bytes)
+
+
+def test_names_of_masks() -> None:
+    masks = torch.zeros(40, 8, dtype=torch.long)
+    assert masks_variant(masks) == "full heads none"
+    masks[3, 1] = masks[12, 7] = 1
+    assert masks_variant(masks) == "full heads 3.1 12.7"
+    masks[20:30] = 1
+    long = masks_variant(masks)
+    assert long.startswith("full heads 82 of digest ") and len(long) < 60
+    masks[20, 0], masks[30, 0] = 0, 1
+    assert masks_variant(masks).startswith("full heads 82 of digest ") and masks_variant(masks) != long
+
+
+def test_two_processes_may_write_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename, other = tmp_path / "cell.json", os.replace, os.getpid() + 1
+
+    def overtaken(source: Path, target: Path) -> None:
+        """Another process writes the same file, from beginning to end, before this one renames its own."""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", rename)
+            patch.setattr(os, "getpid", lambda: other)
+            replace_json(path, {"by": "the other"})
+        assert json.loads(path.read_text()) == {"by": "the other"}
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    replace_json(path, {"by": "this one"})
+    assert json.loads(path.read_text()) == {"by": "this one"}
+    assert [file.name for file in tmp_path.iterdir()] == ["cell.json"]
