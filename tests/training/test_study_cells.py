@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import sparse_hf_training.elimination as elimination_module
 import sparse_hf_training.evaluation.lab as lab_module
 from sparse_hf import Streaming
 from sparse_hf.figures import replace_json
@@ -151,3 +153,25 @@ def test_two_processes_may_write_one_cell(tmp_path: Path, monkeypatch: pytest.Mo
     replace_json(path, {"by": "this one"})
     assert json.loads(path.read_text()) == {"by": "this one"}
     assert [file.name for file in tmp_path.iterdir()] == ["cell.json"]
+
+
+def test_elimination_ranks_once_a_seed_and_keeps_to_the_rows_of_others(
+    bench: Bench, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = replace(bench, max_steps=60, batch_size=2)
+    passed: list[Tensor] = []
+    original = elimination_module.row_losses
+
+    def watched(model: Any, head: Any, rows: Any, batch_size: int) -> Any:
+        passed.extend(row["input_ids"] for row in rows)
+        return original(model, head, rows, batch_size)
+
+    monkeypatch.setattr(elimination_module, "row_losses", watched)
+    study = Study(bench, lab, Plan(), tmp_path)
+    masks = [study.masks(unit("elimination", share)) for share in (0.25, 0.5, 0.75)]
+    assert [int(each.sum()) for each in masks] == [3, 2, 1]
+    assert bool((masks[0] >= masks[1]).all()) and bool((masks[1] >= masks[2]).all())
+    # Of each kind, task and text, four masks read 5 rows each, three 6 and two 10; one row more would be 122 in all.
+    assert len(passed) == 2 * (4 * 5 + 3 * 6 + 2 * 10) == 116 and {row.numel() for row in passed} == {SEQ_LEN}
+    study.masks(replace(unit("elimination"), seed=1))
+    assert len(passed) == 2 * 116
