@@ -36,6 +36,7 @@ from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.charts import plot_study
 from sparse_hf_training.study.figures import study_figures
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.side_by_side import run_side_by_side
 from sparse_hf_training.study.study import Plan, Study, Unit
 from sparse_hf_training.tasks import Filler
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
+    rankings: dict[Unit, Ranking | None] = {}
     figures: list[Figure] = []
     dense: VariantResult | None = None
     console = Console(stderr=True)
@@ -161,7 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[unit] = result
             progress.advance(bar)
             # A study that is cut short leaves what it measured.
-            figures = study_figures(dense, {unit: found[unit] for unit in study.plan.units() if unit in found})
+            rankings[unit] = study.ranking(unit)
+            figures = study_figures(
+                dense, {unit: found[unit] for unit in study.plan.units() if unit in found}, rankings
+            )
             write_figures(
                 options.out / f"{options.name}.json",
                 figures,

@@ -112,7 +112,7 @@ def test_precision_and_recall_by_hand() -> None:
 def test_ablation_finds_the_planted_heads_and_leaves_the_model_full() -> None:
     bench = planted_bench()
     model, truth = bench.model(), planted_llama(0, **SHAPE).head_masks
-    scores = RECIPES["ablation"].rank(bench, model, 2 / 3)
+    scores = RECIPES["ablation"].rank(bench, model, 2 / 3).scores
     assert precision_recall(round_scores(scores, 2 / 3), truth) == (1.0, 1.0)
     assert average_precision(scores, truth) == 1.0 and bool(get_handle(model).head_masks.all())
 
@@ -120,14 +120,14 @@ def test_ablation_finds_the_planted_heads_and_leaves_the_model_full() -> None:
 def test_training_free_scores_are_those_of_the_calibrator() -> None:
     bench = planted_bench()
     model = bench.model()
-    scores = RECIPES["training_free"].rank(bench, model, 0.5)
+    scores = RECIPES["training_free"].rank(bench, model, 0.5).scores
     assert scores.shape == (3, 2) and 0 < scores.max() <= 1 and bool(get_handle(model).head_masks.all())
 
 
 def test_random_heads_and_uniform_layers() -> None:
     bench = planted_bench()
     model = bench.model()
-    one, two = (RECIPES["random"].rank(bench.with_seed(seed), model, 0.5) for seed in (0, 1))
+    one, two = (RECIPES["random"].rank(bench.with_seed(seed), model, 0.5).scores for seed in (0, 1))
     assert not torch.equal(one, two) and RECIPES["random"].draws == 5
     half = RECIPES["uniform_layers"].masks(bench, model, 0.5)
     assert half.sum(1).tolist() == [2, 0, 1]
@@ -144,9 +144,9 @@ def test_recipes_that_learn_tell_heads_apart_and_leave_the_model_as_it_was(name:
     bench = planted_bench(max_steps=steps)
     model = bench.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    scores = RECIPES[name].rank(bench, model, 0.5)
+    scores = RECIPES[name].rank(bench, model, 0.5).scores
     assert scores.shape == (3, 2) and scores.std() > 0, "heads are not told apart"
-    assert torch.equal(scores, RECIPES[name].rank(bench, model, 0.5)), "the seed decides"
+    assert torch.equal(scores, RECIPES[name].rank(bench, model, 0.5).scores), "the seed decides"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert bool(get_handle(model).head_masks.all())
 
@@ -229,6 +229,12 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     held = [values[f"masks only, 50% sparse, {name}: KV bytes, of dense"] for name in ("ours", "uniform_window")]
     assert held[0] == values["masks only, 50% sparse, uniform_layers: KV bytes, of dense"]
     assert held[1] == pytest.approx(held[0], rel=0.01) and held[0] < 60
+    read = "masks and weights, 50% sparse, {}: tokens read to find them"
+    assert [values.get(read.format(name)) for name in ("ours", "uniform_layers", "uniform_window")] == [
+        pytest.approx(3 * 256 / 1e6),
+        0.0,
+        None,
+    ]
     tuned = "masks and weights, 50% sparse, uniform_layers: loss, increase"
     assert values[tuned] != values[tuned.replace("masks and weights", "masks only")]
 

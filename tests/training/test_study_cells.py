@@ -1,4 +1,4 @@
-"""What a study does once: equal masks are measured, and heads ranked, one time for all units that need them."""
+"""What a study does once, equal masks measured and heads ranked for all units that need them, and what ranking cost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ import sparse_hf_training.evaluation.lab as lab_module
 from sparse_hf import Streaming
 from sparse_hf.figures import replace_json
 from sparse_hf_training.data import PackedTextDataset, pack_documents, text_document
+from sparse_hf_training.evaluation.footprint import Footprint
 from sparse_hf_training.evaluation.lab import Lab
+from sparse_hf_training.evaluation.losses import TextLoss
+from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
 from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.figures import study_figures
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.recipes import RECIPES
 from sparse_hf_training.study.study import Plan, Study, Unit, masks_variant
 from sparse_hf_training.tasks import Filler, KeyValueTask
@@ -77,7 +82,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def give_scores(monkeypatch: pytest.MonkeyPatch, **scores: list[list[float]]) -> None:
     """Lets recipes find these scores."""
     for name, values in scores.items():
-        found = torch.tensor(values)
+        found = Ranking(scores=torch.tensor(values), tokens=0)
         monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], rank=lambda *_, found=found: found))
 
 
@@ -175,3 +180,48 @@ def test_elimination_ranks_once_a_seed_and_keeps_to_the_rows_of_others(
     assert len(passed) == 2 * (4 * 5 + 3 * 6 + 2 * 10) == 116 and {row.numel() for row in passed} == {SEQ_LEN}
     study.masks(replace(unit("elimination"), seed=1))
     assert len(passed) == 2 * 116
+
+
+@pytest.mark.parametrize("name", ["elimination", "ablation", "training_free", "random", "uniform_layers"])
+def test_rankings_tell_the_tokens_that_passed_the_model(bench: Bench, name: str) -> None:
+    counted: list[int] = []
+
+    def load() -> Any:
+        model = bench.load()
+        model.get_input_embeddings().register_forward_hook(lambda _, ids, __: counted.append(ids[0].numel()))
+        return model
+
+    watched = replace(bench, load=load)
+    assert RECIPES[name].rank(watched, watched.model(), 0.5).tokens == sum(counted)
+    assert bool(counted) == (name not in ("random", "uniform_layers"))
+
+
+def test_the_store_keeps_what_a_ranking_cost(bench: Bench, lab: Lab, tmp_path: Path) -> None:
+    study = Study(bench, lab, Plan(), tmp_path)
+    first = study.ranking(unit("prulong_mended"))
+    assert first is not None and first.tokens == 2 * SEQ_LEN and first.seconds > 0
+    again = study.ranking(unit("prulong_mended", stage="masks_and_weights"))
+    assert again is not None and again.to_dict() == first.to_dict()
+    assert study.ranking(unit("uniform_window")) is None
+    with pytest.raises(ValueError, match="uniform_window chooses no heads; ask for masks of"):
+        study.masks(unit("uniform_window"))
+
+
+def test_figures_hold_the_mean_cost_of_the_seeds() -> None:
+    result = VariantResult(
+        name="any",
+        tasks=(TaskOutcome(task="own", exact=(True, True), depths=(0.5, 0.5), answer_losses=(1.0, 1.0), seconds=1.0),),
+        text=TextLoss(rows=(2.0,), edges=(0, 1), bins=(2.0,)),
+        footprint=Footprint(tokens=(1,), kv_bytes=(8,), prefill_density=1.0, decode_density=1.0),
+    )
+    units = [replace(unit("random"), seed=seed) for seed in range(2)] + [unit("uniform_window")]
+    costs = {each: Ranking(scores=torch.ones(1, 1), tokens=10**6 * (1 + each.seed), seconds=3.0) for each in units[:2]}
+    rows = study_figures(result, dict.fromkeys(units, result), {**costs, units[2]: None})
+    found = {row.case: row for row in rows}
+    seconds, tokens = (
+        found[f"masks only, 50% sparse, random: {name}"] for name in ("heads found in", "tokens read to find them")
+    )
+    assert (seconds.value, seconds.unit, seconds.lower_is_better) == (3.0, "s", True)
+    assert (tokens.value, tokens.unit, tokens.lower_is_better) == (1.5, "million tokens", True)
+    both = ("heads found in", "tokens read to find them")
+    assert {case.partition(": ")[0] for case in found if case.endswith(both)} == {"masks only, 50% sparse, random"}

@@ -22,6 +22,7 @@ from sparse_hf_training.evaluation.lab import DENSE, Lab, Progress
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.recipes import RECIPES, UNIFORM_WINDOW, uniform_window
 from sparse_hf_training.tasks import task_label
 
@@ -199,16 +200,28 @@ class Study:
         return sparsify(model, SparseConfig(sparse=wide))
 
     def masks(self, unit: Unit) -> Tensor:
-        """The recipe's head masks, from the store or found now."""
+        """The recipe's head masks, from the store or found now.
+
+        Raises:
+            ValueError: if the recipe chooses no heads.
+        """
+        ranking = self.ranking(unit)
+        if ranking is None:
+            raise ValueError(f"{unit.recipe} chooses no heads; ask for masks of {', '.join(RECIPES)}")
+        return round_scores(ranking.scores, unit.head_sparsity)
+
+    def ranking(self, unit: Unit) -> Ranking | None:
+        """The heads as the unit's recipe ranks them, from the store or found now; None where it ranks none."""
+        if unit.recipe == UNIFORM_WINDOW:
+            return None
         recipe, bench = RECIPES[unit.recipe], self.bench.with_seed(unit.seed)
 
         def rank() -> dict[str, Any]:
             start = time.monotonic()
-            scores = recipe.rank(bench, self.model, unit.head_sparsity)
-            return {"scores": scores.tolist(), "seconds": time.monotonic() - start}
+            found = recipe.rank(bench, self.model, unit.head_sparsity)
+            return replace(found, seconds=time.monotonic() - start).to_dict()
 
-        scores = torch.tensor(self.store.get(SCORES, unit.scores, rank)["scores"])
-        return round_scores(scores, unit.head_sparsity)
+        return Ranking.from_dict(self.store.get(SCORES, unit.scores, rank))
 
     def _tune(self, model: PreTrainedModel, unit: Unit) -> None:
         """Trains the weights under the masks, kept close to the dense model, on text and recall samples."""
