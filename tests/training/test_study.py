@@ -194,6 +194,7 @@ def test_plans() -> None:
         ({"stages": ("all",)}, "unknown stages all"),
         ({"sparsities": (1.0,)}, "must lie in"),
         ({"num_seeds": 0}, "1 seed or more"),
+        ({"tune_recall_share": 1.0}, r"tune_recall_share must lie in \(0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             Plan(**bad)  # type: ignore[arg-type]
@@ -205,6 +206,7 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
     line = "--recipes ours,uniform_layers,uniform_window --sparsities 50 --seeds 1 --sinks 4 --window 24 --steps 3 "
     line += "--seq-len 384 --train-seq-len 256 --train-tasks key_value:num_pairs=2 --samples 2 --rows 1 "
+    line += "--tune-tasks key_value:num_pairs=2,niah_multikey_2 "
     line += f"--tasks key_value:num_pairs=4 --cells {tmp_path / 'cells'} --out {tmp_path / 'out'}"
     script, file = load("quality_study"), tmp_path / "out" / "quality_study.json"
     script.main([*line.split(), "--budget-minutes", "0"])

@@ -27,9 +27,9 @@ from sparse_hf_training.study.figures import study_figures
 from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.recipes import RECIPES
 from sparse_hf_training.study.study import Plan, Study, Unit, masks_variant
-from sparse_hf_training.tasks import Filler, KeyValueTask
+from sparse_hf_training.tasks import Filler, KeyValueTask, MultiKeyNeedleTask
 
-SEQ_LEN = 128
+SEQ_LEN = 256
 TASK = KeyValueTask(num_pairs=2)
 
 
@@ -163,7 +163,7 @@ def test_two_processes_may_write_one_cell(tmp_path: Path, monkeypatch: pytest.Mo
 def test_elimination_ranks_once_a_seed_and_keeps_to_the_rows_of_others(
     bench: Bench, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = replace(bench, max_steps=60, batch_size=2)
+    bench = replace(bench, max_steps=21, batch_size=2)
     passed: list[Tensor] = []
     original = elimination_module.row_losses
 
@@ -176,10 +176,10 @@ def test_elimination_ranks_once_a_seed_and_keeps_to_the_rows_of_others(
     masks = [study.masks(unit("elimination", share)) for share in (0.25, 0.5, 0.75)]
     assert [int(each.sum()) for each in masks] == [3, 2, 1]
     assert bool((masks[0] >= masks[1]).all()) and bool((masks[1] >= masks[2]).all())
-    # Of each kind, task and text, four masks read 5 rows each, three 6 and two 10; one row more would be 122 in all.
-    assert len(passed) == 2 * (4 * 5 + 3 * 6 + 2 * 10) == 116 and {row.numel() for row in passed} == {SEQ_LEN}
+    # Of each kind, task and text, four masks read 2 rows each, three 2 and two 3; one more of the last would be 44.
+    assert len(passed) == 2 * (4 * 2 + 3 * 2 + 2 * 3) == 40 and {row.numel() for row in passed} == {SEQ_LEN}
     study.masks(replace(unit("elimination"), seed=1))
-    assert len(passed) == 2 * 116
+    assert len(passed) == 2 * 40
 
 
 @pytest.mark.parametrize("name", ["elimination", "ablation", "training_free", "random", "uniform_layers"])
@@ -225,3 +225,32 @@ def test_figures_hold_the_mean_cost_of_the_seeds() -> None:
     assert (tokens.value, tokens.unit, tokens.lower_is_better) == (1.5, "million tokens", True)
     both = ("heads found in", "tokens read to find them")
     assert {case.partition(": ")[0] for case in found if case.endswith(both)} == {"masks only, 50% sparse, random"}
+
+
+def test_weights_are_tuned_on_tasks_of_their_own(
+    bench: Bench, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_scores(monkeypatch, ablation=[[0.0, 1.0], [2.0, 3.0]])
+    read: list[list[int]] = []
+    original = Bench.train
+
+    def watched(self: Bench, model: Any, stage: Any, rows: Any, *more: Any, **others: Any) -> Any:
+        read.extend(row["input_ids"].tolist() for row in rows)
+        return original(self, model, stage, rows, *more, **others)
+
+    monkeypatch.setattr(Bench, "train", watched)
+    bench = replace(bench, tune_tasks=[MultiKeyNeedleTask()], max_steps=8)
+    plan = Plan(tune_recall_share=0.25)
+    Study(bench, lab, plan, tmp_path).measure(unit("ablation", stage="masks_and_weights"))
+    assert bench.tokenizer is not None
+    texts = [bench.tokenizer.decode(row) for row in read]
+    needles = [text for text in texts if "number" in text]
+    assert len(texts) == 8 and 0 < len(needles) < 5
+    for other, name in (
+        (Study(replace(bench, tune_tasks=()), lab, plan, tmp_path / "other"), "tune_tasks"),
+        (Study(bench, lab, Plan(), tmp_path / "share"), "tune_recall_share"),
+    ):
+        before = json.loads((tmp_path / "settings.json").read_text())
+        assert [key for key in before if before[key] != other.store.settings[key]] == [name]
+        with pytest.raises(ValueError, match=f"other settings .{name}"):
+            Study(other.bench, lab, other.plan, tmp_path)

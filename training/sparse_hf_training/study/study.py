@@ -28,7 +28,6 @@ from sparse_hf_training.tasks import task_label
 
 STAGES = ("masks", "masks_and_weights")
 SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
-TUNE_RECALL_SHARE = 0.9
 SCORES = "scores"
 """The variant under which the store keeps them."""
 LONGEST_MASKS = 120
@@ -74,6 +73,7 @@ class Plan:
         num_seeds: of recipes that depend on one.
         stages: `masks`, and `masks_and_weights`: the same masks after the weights were tuned under them.
         tune_rate: learning rate of the weights.
+        tune_recall_share: share of recall samples in the rows that weights are tuned on; the others are text.
     """
 
     recipes: tuple[str, ...] = (*RECIPES, UNIFORM_WINDOW)
@@ -81,6 +81,7 @@ class Plan:
     num_seeds: int = 3
     stages: tuple[str, ...] = STAGES
     tune_rate: float = 2e-4
+    tune_recall_share: float = 0.5
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -93,6 +94,8 @@ class Plan:
             raise ValueError(f"sparsities must lie in (0, 1), got {list(self.sparsities)}")
         if self.num_seeds < 1:
             raise ValueError(f"a study needs 1 seed or more, got {self.num_seeds}")
+        if not 0 < self.tune_recall_share < 1:
+            raise ValueError(f"tune_recall_share must lie in (0, 1), got {self.tune_recall_share}")
 
     def units(self) -> Iterator[Unit]:
         """Stage by stage, sparsity by sparsity, so that a study that is cut short compares what it has."""
@@ -122,11 +125,20 @@ class Study:
     def __init__(self, bench: Bench, lab: Lab, plan: Plan, folder: Any, *, overwrite: bool = False) -> None:
         self.bench, self.lab, self.plan = bench, lab, plan
         self.model = bench.model()
-        tasks = [task_label(task) for task in bench.tasks]
-        names = ("seq_len", "batch_size", "max_steps")
-        training = {f"train_{name}": getattr(bench, name) for name in names}
-        settings = {**lab.settings(self.model), **training, "branch": bench.branch.to_dict(), "train_tasks": tasks}
-        self.store = CellStore(folder, {**settings, "tune_rate": plan.tune_rate}, overwrite=overwrite)
+        self.store = CellStore(folder, self._settings(), overwrite=overwrite)
+
+    def _settings(self) -> dict[str, Any]:
+        """What cells depend on, rankings and tuned weights among them."""
+        bench, plan = self.bench, self.plan
+        return {
+            **self.lab.settings(self.model),
+            **{f"train_{name}": getattr(bench, name) for name in ("seq_len", "batch_size", "max_steps")},
+            "branch": bench.branch.to_dict(),
+            "train_tasks": [task_label(task) for task in bench.tasks],
+            "tune_tasks": [task_label(task) for task in bench.tune_tasks or bench.tasks],
+            "tune_rate": plan.tune_rate,
+            "tune_recall_share": plan.tune_recall_share,
+        }
 
     def run(
         self,
@@ -229,7 +241,7 @@ class Study:
         bench.train(
             model,
             "sft",
-            bench.mixed_rows(TUNE_RECALL_SHARE),
+            bench.tune_rows(self.plan.tune_recall_share),
             ObjectiveConfig(kl=1.0),
             teacher=self.bench.load(),
             learning_rate=self.plan.tune_rate,
