@@ -1,4 +1,4 @@
-"""Recipes that rank heads: ours, those that are published, and the baselines that each must beat."""
+"""Recipes that rank heads: those that are shipped, those that are published, and the baselines that each must beat."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Recipe:
         return round_scores(self.rank(bench, model, head_sparsity).scores, head_sparsity)
 
 
-def ours(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
+def gates(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """Hard-concrete gates, distilled from the dense model on the tokens that need recall; the shipped defaults."""
     config = MaskLearningConfig(end_head_sparsity=head_sparsity, seed=bench.seed)
     return _learned(bench, bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
@@ -260,7 +260,7 @@ def _described(name: str, rank: Callable[[Bench, PreTrainedModel, float], Rankin
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _described("ours", ours, per_sparsity=True),
+        _described("gates", gates, per_sparsity=True),
         _described("elimination", elimination),
         _described("prulong_published", prulong_published, per_sparsity=True),
         _described("prulong_mended", prulong_mended, per_sparsity=True),
