@@ -189,11 +189,16 @@ def test_plans() -> None:
     units = list(plan.units())
     assert len(units) == 2 * 2 * (3 + 5 + 1) == len(set(units)) == len({unit.variant for unit in units})
     assert [unit.stage for unit in units] == ["masks"] * 18 + ["masks_and_weights"] * 18
+    own = Plan(recipes=("random", "gates"), sparsities=(0.75, 0.5), num_seeds=1, stages=("masks",)).units()
+    order = [(unit.head_sparsity, unit.recipe) for unit in own if unit.seed == 0]
+    assert order == [(share, name) for share in (0.75, 0.5) for name in ("random", "gates")], "orders are the caller's"
     for bad, message in (
         ({"recipes": ("best",)}, "unknown recipes best; known: gates"),
         ({"stages": ("all",)}, "unknown stages all"),
         ({"sparsities": (1.0,)}, "must lie in"),
         ({"num_seeds": 0}, "1 seed or more"),
+        ({"recipes": ("random", "gates", "random")}, "recipes must all be different, got"),
+        ({"sparsities": (0.5, 0.5)}, "sparsities must all be different, got"),
         ({"tune_recall_share": 1.0}, r"tune_recall_share must lie in \(0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):

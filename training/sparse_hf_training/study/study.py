@@ -90,6 +90,9 @@ class Plan:
         ):
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+        for what, each in (("recipes", self.recipes), ("sparsities", self.sparsities), ("stages", self.stages)):
+            if len(set(each)) < len(each):
+                raise ValueError(f"{what} must all be different, got {list(each)}")
         if not self.sparsities or not all(0 < sparsity < 1 for sparsity in self.sparsities):
             raise ValueError(f"sparsities must lie in (0, 1), got {list(self.sparsities)}")
         if self.num_seeds < 1:
