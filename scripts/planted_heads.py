@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sparsity = 1 - truth.float().mean().item()
             for name in options.recipes:
                 progress.update(bar, figures=f"model {seed}: {name}")
-                scores = RECIPES[name].rank(bench, model, sparsity)
+                scores = RECIPES[name].rank(bench, model, sparsity).scores
                 masks = round_scores(scores, sparsity)
                 found.setdefault(name, []).append((*precision_recall(masks, truth), average_precision(scores, truth)))
                 progress.advance(bar)

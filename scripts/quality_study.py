@@ -36,6 +36,7 @@ from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.charts import plot_study
 from sparse_hf_training.study.figures import study_figures
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.side_by_side import run_side_by_side
 from sparse_hf_training.study.study import Plan, Study, Unit
 from sparse_hf_training.tasks import Filler
@@ -43,6 +44,7 @@ from sparse_hf_training.tasks import Filler
 BRANCHES = ("streaming", "triangle", "xattention")
 TASKS = "needle,key_value,chain,niah_multikey_2,two_turns"
 TRAIN_TASKS = "needle,key_value,chain"
+TUNE_TASKS = f"{TRAIN_TASKS},niah_multikey_2"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -58,7 +60,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=NUM_SINK_TOKENS)
     parser.add_argument("--window", type=int, default=WINDOW_SIZE)
     parser.add_argument("--tasks", default=TASKS, help="as sparse-hf eval --tasks")
-    parser.add_argument("--train-tasks", default=TRAIN_TASKS, help="that recipes learn from")
+    parser.add_argument("--train-tasks", default=TRAIN_TASKS, help="that recipes learn heads from")
+    parser.add_argument("--tune-tasks", default=TUNE_TASKS, help="that weights are tuned on")
     parser.add_argument("--seq-len", type=int, default=2048, help="of samples and rows that are measured")
     parser.add_argument("--train-seq-len", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=200, help="per task")
@@ -68,6 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
     parser.add_argument("--answers", choices=get_args(Answers), help="default: forward for streaming heads")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
+    parser.add_argument("--tune-recall-share", type=float, default=Plan.tune_recall_share, help="the rest is text")
     parser.add_argument("--jobs", type=int, default=1, help="units measured side by side, spread over the GPUs")
     parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
     parser.add_argument("--name", default="quality_study", help="of the file of figures")
@@ -107,6 +111,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
         filler=Filler.from_texts(train, tokenizer),
         rows=packed_rows(train, tokenizer, options.train_seq_len),
         tasks=parse_tasks(options.train_tasks),
+        tune_tasks=parse_tasks(options.tune_tasks),
         seq_len=options.train_seq_len,
         batch_size=options.train_batch,
         max_steps=options.steps,
@@ -135,10 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_seeds=options.seeds,
         stages=options.stages,
         tune_rate=options.tune_rate,
+        tune_recall_share=options.tune_recall_share,
     )
     study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
+    rankings: dict[Unit, Ranking | None] = {}
     figures: list[Figure] = []
     dense: VariantResult | None = None
     console = Console(stderr=True)
@@ -161,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[unit] = result
             progress.advance(bar)
             # A study that is cut short leaves what it measured.
-            figures = study_figures(dense, {unit: found[unit] for unit in study.plan.units() if unit in found})
+            rankings[unit] = study.ranking(unit)
+            figures = study_figures(
+                dense, {unit: found[unit] for unit in study.plan.units() if unit in found}, rankings
+            )
             write_figures(
                 options.out / f"{options.name}.json",
                 figures,

@@ -51,9 +51,12 @@ def write_figures(path: Path, figures: Sequence[Figure], *, command: str, more_s
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name beside the file and renames it; its folder is made."""
+    """Writes JSON under a temporary name beside the file and renames it; its folder is made.
+
+    The temporary name is the process's own, so that of several that write one file at a time the last one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 

@@ -244,7 +244,7 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path: Path, monkeypatch: py
         with pytest.raises(OSError, match="No space left"):
             write_kernel_table(path, [result_of(KEY, FAST)])
     (name, written, old) = seen[0]
-    assert name == ".tuned.json.tmp" and written["entries"][0]["config"] == dict(FAST) and old == before
+    assert name == f".tuned.json.{os.getpid()}.tmp" and written["entries"][0]["config"] == dict(FAST) and old == before
     assert path.read_text() == before
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):

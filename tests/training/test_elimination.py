@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -118,6 +119,20 @@ def test_ends_where_it_should_and_reads_no_row_twice(shape: tuple[int, int], end
     assert row_passes(rounds) == kinds * sum(many * count for many, _, count in asked.calls)
     assert row_passes(rounds) == config.num_row_passes(candidates, kinds)
     assert tokens_read(rounds, 128) == 128 * row_passes(rounds)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5), (8, 4)])
+def test_all_rounds_stay_within_a_limit(shape: tuple[int, int]) -> None:
+    candidates, kinds = torch.ones(shape, dtype=torch.long), 3
+    config = EliminationConfig(end_head_sparsity=1 - 1 / math.prod(shape))
+    least = replace(config, row_passes=1).num_row_passes(candidates, kinds)
+    assert least == config.within(1, candidates, kinds).num_row_passes(candidates, kinds), "of each mask its least"
+    for limit in (least - 1, least, 2 * least + 1, 1000, 5000):
+        found = config.within(limit, candidates, kinds)
+        assert found == replace(config, row_passes=found.row_passes)
+        assert found.num_row_passes(candidates, kinds) <= max(limit, least)
+        more = replace(config, row_passes=found.row_passes + 1).num_row_passes(candidates, kinds)
+        assert found.row_passes == limit or more > limit, "and are as many as fit"
 
 
 def test_goes_on_from_rounds_that_were_written_down() -> None:

@@ -152,20 +152,20 @@ def cost_figures(title: str, x_column: str, x: float) -> list[Figure]:
 def test_lines_are_read_from_figures(tmp_path: Path) -> None:
     column = "KV bytes, of dense"
     figures = [
-        *cost_figures("masks only, 50% sparse, ours", column, 60.0),
-        *cost_figures("masks only, 62.5% sparse, ours", column, 45.0),
+        *cost_figures("masks only, 50% sparse, gates", column, 60.0),
+        *cost_figures("masks only, 62.5% sparse, gates", column, 45.0),
         *cost_figures("masks only, 50% sparse, random", column, 60.0),
-        *cost_figures("masks and weights, 50% sparse, ours", column, 60.0),
+        *cost_figures("masks and weights, 50% sparse, gates", column, 60.0),
     ]
     lines = cost_lines(figures, "masks only, [^,]+ sparse", column)
-    assert list(lines) == ["ours", "random"]
-    assert lines["ours"] == [CostPoint(x=x, loss=x + 1, worst=-0.2, interval=(-0.3, -0.1)) for x in (45.0, 60.0)]
+    assert list(lines) == ["gates", "random"]
+    assert lines["gates"] == [CostPoint(x=x, loss=x + 1, worst=-0.2, interval=(-0.3, -0.1)) for x in (45.0, 60.0)]
     written = plot_study(figures, tmp_path, "study")
     assert [path.name for path in written] == ["study_masks.png", "study_masks_and_weights.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
     # Drawn against density, which these figures have not: nothing was freed.
-    assert plot_study(cost_figures("masks only, 50% sparse, ours", column, 100.0), tmp_path, "none") == []
-    assert plot_study(cost_figures("masks only, 50% sparse, ours", "density of prefill", 60.0), tmp_path, "some") == [
+    assert plot_study(cost_figures("masks only, 50% sparse, gates", column, 100.0), tmp_path, "none") == []
+    assert plot_study(cost_figures("masks only, 50% sparse, gates", "density of prefill", 60.0), tmp_path, "some") == [
         tmp_path / "some_masks.png"
     ]
     assert plot_study(figures[-5:], tmp_path, "other") == [tmp_path / "other_masks_and_weights.png"]

@@ -112,7 +112,7 @@ def test_precision_and_recall_by_hand() -> None:
 def test_ablation_finds_the_planted_heads_and_leaves_the_model_full() -> None:
     bench = planted_bench()
     model, truth = bench.model(), planted_llama(0, **SHAPE).head_masks
-    scores = RECIPES["ablation"].rank(bench, model, 2 / 3)
+    scores = RECIPES["ablation"].rank(bench, model, 2 / 3).scores
     assert precision_recall(round_scores(scores, 2 / 3), truth) == (1.0, 1.0)
     assert average_precision(scores, truth) == 1.0 and bool(get_handle(model).head_masks.all())
 
@@ -120,14 +120,14 @@ def test_ablation_finds_the_planted_heads_and_leaves_the_model_full() -> None:
 def test_training_free_scores_are_those_of_the_calibrator() -> None:
     bench = planted_bench()
     model = bench.model()
-    scores = RECIPES["training_free"].rank(bench, model, 0.5)
+    scores = RECIPES["training_free"].rank(bench, model, 0.5).scores
     assert scores.shape == (3, 2) and 0 < scores.max() <= 1 and bool(get_handle(model).head_masks.all())
 
 
 def test_random_heads_and_uniform_layers() -> None:
     bench = planted_bench()
     model = bench.model()
-    one, two = (RECIPES["random"].rank(bench.with_seed(seed), model, 0.5) for seed in (0, 1))
+    one, two = (RECIPES["random"].rank(bench.with_seed(seed), model, 0.5).scores for seed in (0, 1))
     assert not torch.equal(one, two) and RECIPES["random"].draws == 5
     half = RECIPES["uniform_layers"].masks(bench, model, 0.5)
     assert half.sum(1).tolist() == [2, 0, 1]
@@ -138,15 +138,15 @@ def test_random_heads_and_uniform_layers() -> None:
 @pytest.mark.parametrize(
     ("name", "steps"),
     # Hard-concrete gates are 1, and without a gradient, in most of the first draws; PruLong's rates move faster.
-    [("ours", 24), ("elimination", 1), ("prulong_published", 6), ("prulong_mended", 6), ("duo_attention", 4)],
+    [("gates", 24), ("elimination", 1), ("prulong_published", 6), ("prulong_mended", 6), ("duo_attention", 4)],
 )
 def test_recipes_that_learn_tell_heads_apart_and_leave_the_model_as_it_was(name: str, steps: int) -> None:
     bench = planted_bench(max_steps=steps)
     model = bench.model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    scores = RECIPES[name].rank(bench, model, 0.5)
+    scores = RECIPES[name].rank(bench, model, 0.5).scores
     assert scores.shape == (3, 2) and scores.std() > 0, "heads are not told apart"
-    assert torch.equal(scores, RECIPES[name].rank(bench, model, 0.5)), "the seed decides"
+    assert torch.equal(scores, RECIPES[name].rank(bench, model, 0.5).scores), "the seed decides"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert bool(get_handle(model).head_masks.all())
 
@@ -185,15 +185,21 @@ def test_a_uniform_window_holds_as_many_bytes(model_folder: Path) -> None:
 
 
 def test_plans() -> None:
-    plan = Plan(recipes=("ours", "random", "uniform_window"), sparsities=(0.5, 0.75), num_seeds=3)
+    plan = Plan(recipes=("gates", "random", "uniform_window"), sparsities=(0.5, 0.75), num_seeds=3)
     units = list(plan.units())
     assert len(units) == 2 * 2 * (3 + 5 + 1) == len(set(units)) == len({unit.variant for unit in units})
     assert [unit.stage for unit in units] == ["masks"] * 18 + ["masks_and_weights"] * 18
+    own = Plan(recipes=("random", "gates"), sparsities=(0.75, 0.5), num_seeds=1, stages=("masks",)).units()
+    order = [(unit.head_sparsity, unit.recipe) for unit in own if unit.seed == 0]
+    assert order == [(share, name) for share in (0.75, 0.5) for name in ("random", "gates")], "orders are the caller's"
     for bad, message in (
-        ({"recipes": ("best",)}, "unknown recipes best; known: ours"),
+        ({"recipes": ("best",)}, "unknown recipes best; known: gates"),
         ({"stages": ("all",)}, "unknown stages all"),
         ({"sparsities": (1.0,)}, "must lie in"),
         ({"num_seeds": 0}, "1 seed or more"),
+        ({"recipes": ("random", "gates", "random")}, "recipes must all be different, got"),
+        ({"sparsities": (0.5, 0.5)}, "sparsities must all be different, got"),
+        ({"tune_recall_share": 1.0}, r"tune_recall_share must lie in \(0, 1\), got 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             Plan(**bad)  # type: ignore[arg-type]
@@ -203,8 +209,9 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure_keys: set[str]
 ) -> None:
     monkeypatch.setenv("SPARSE_HF_COMMIT", "0123456789ab")
-    line = "--recipes ours,uniform_layers,uniform_window --sparsities 50 --seeds 1 --sinks 4 --window 24 --steps 3 "
+    line = "--recipes gates,uniform_layers,uniform_window --sparsities 50 --seeds 1 --sinks 4 --window 24 --steps 3 "
     line += "--seq-len 384 --train-seq-len 256 --train-tasks key_value:num_pairs=2 --samples 2 --rows 1 "
+    line += "--tune-tasks key_value:num_pairs=2,niah_multikey_2 "
     line += f"--tasks key_value:num_pairs=4 --cells {tmp_path / 'cells'} --out {tmp_path / 'out'}"
     script, file = load("quality_study"), tmp_path / "out" / "quality_study.json"
     script.main([*line.split(), "--budget-minutes", "0"])
@@ -226,9 +233,15 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     assert plots == ["quality_study_masks.png", "quality_study_masks_and_weights.png"]
     assert str(tmp_path) not in file.read_text() and rows[0]["command"].startswith("python scripts/quality_study.py")
     values = {row["case"]: row["value"] for row in rows}
-    held = [values[f"masks only, 50% sparse, {name}: KV bytes, of dense"] for name in ("ours", "uniform_window")]
+    held = [values[f"masks only, 50% sparse, {name}: KV bytes, of dense"] for name in ("gates", "uniform_window")]
     assert held[0] == values["masks only, 50% sparse, uniform_layers: KV bytes, of dense"]
     assert held[1] == pytest.approx(held[0], rel=0.01) and held[0] < 60
+    read = "masks and weights, 50% sparse, {}: tokens read to find them"
+    assert [values.get(read.format(name)) for name in ("gates", "uniform_layers", "uniform_window")] == [
+        pytest.approx(3 * 256 / 1e6),
+        0.0,
+        None,
+    ]
     tuned = "masks and weights, 50% sparse, uniform_layers: loss, increase"
     assert values[tuned] != values[tuned.replace("masks and weights", "masks only")]
 
@@ -241,7 +254,7 @@ def test_the_study_on_the_shipped_model_stops_in_time_and_goes_on(
     text = load("make_tables").render(
         "<!-- grid: quality_study / masks only, 50% sparse -->\n<!-- end -->", tmp_path / "out"
     )
-    assert "| ours | " in text and "| uniform_window | " in text and "worst task, change" in text
+    assert "| gates | " in text and "| uniform_window | " in text and "worst task, change" in text
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -289,7 +302,7 @@ def test_processes_side_by_side_find_what_one_finds(load: Load, tmp_path: Path) 
 
 def test_no_two_processes_rank_the_same_heads() -> None:
     units = list(
-        Plan(recipes=("ours", "ablation", "uniform_window"), sparsities=(0.5, 0.75), stages=("masks",)).units()
+        Plan(recipes=("gates", "ablation", "uniform_window"), sparsities=(0.5, 0.75), stages=("masks",)).units()
     )
     known: set[str] = set()
 

@@ -13,8 +13,9 @@ gradients.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +101,17 @@ class EliminationConfig:
     def num_row_passes(self, candidates: Tensor, num_kinds: int) -> int:
         """Rows that pass the model in all rounds, once for each mask; errors as `plan`."""
         return num_kinds * sum(left * count for left, count in self.plan(candidates, num_kinds))
+
+    def within(self, limit: int, candidates: Tensor, num_kinds: int) -> EliminationConfig:
+        """The same with the most `row_passes` of which all rounds together pass no more rows than the limit.
+
+        Where `min_rows` alone come to more, it is those: see `num_row_passes`. Errors as `plan`.
+        """
+
+        def total(row_passes: int) -> int:
+            return replace(self, row_passes=row_passes).num_row_passes(candidates, num_kinds)
+
+        return replace(self, row_passes=max(1, bisect_right(range(1, limit + 1), limit, key=total)))
 
 
 @dataclass(frozen=True, kw_only=True)

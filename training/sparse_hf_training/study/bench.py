@@ -36,7 +36,8 @@ class Bench:
         branch: method of sparse heads.
         filler: training text to hide facts in.
         rows: packed training text, for recipes that read plain text.
-        tasks: recall tasks to learn from.
+        tasks: recall tasks to learn heads from.
+        tune_tasks: recall tasks to tune weights on; the same where none are given.
         seq_len: tokens of a training row.
         batch_size: rows of a step.
         max_steps: optimizer steps of a recipe that learns.
@@ -49,6 +50,7 @@ class Bench:
     filler: Filler = field(repr=False)
     rows: Dataset[Row] = field(repr=False)
     tasks: Sequence[RecallTask]
+    tune_tasks: Sequence[RecallTask] = ()
     seq_len: int
     batch_size: int = 1
     max_steps: int = 120
@@ -80,9 +82,9 @@ class Bench:
         """Rows of packed text, likewise."""
         return ShuffledDataset(self.rows, seed=self.seed, length=length or self.max_steps * self.batch_size)
 
-    def mixed_rows(self, recall_share: float) -> Dataset[Row]:
-        """Text and recall samples."""
-        parts = [self.text_rows(), self.recall_rows()]
+    def tune_rows(self, recall_share: float) -> Dataset[Row]:
+        """Text, and that share of recall samples, to tune weights on."""
+        parts = [self.text_rows(), self.recall_rows(self.tune_tasks)]
         ratios = [1 - recall_share, recall_share]
         return MixedDataset(parts, ratios, seed=self.seed, length=self.max_steps * self.batch_size)
 

@@ -7,30 +7,56 @@ from collections.abc import Mapping, Sequence
 from sparse_hf.figures import Figure
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.evaluation.worst_task import answered_by_dense, recall_figures
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.study import Unit, pooled
 
 STAGE_TITLES = {"masks": "masks only", "masks_and_weights": "masks and weights"}
 
 
-def study_figures(dense: VariantResult, found: Mapping[Unit, VariantResult]) -> list[Figure]:
-    """Per stage, sparsity and recipe, over its seeds: recall, the worst task, loss and bytes, beside dense.
+def study_figures(
+    dense: VariantResult, found: Mapping[Unit, VariantResult], rankings: Mapping[Unit, Ranking | None]
+) -> list[Figure]:
+    """Per stage, sparsity and recipe, over its seeds: recall, the worst task, loss and bytes, beside dense; and what it
+    took to rank the heads.
 
     Tasks that dense fails are left out. A case reads "masks only, 75% sparse, RECIPE: COLUMN", as
     `scripts/make_tables.py` wants it for a grid. Intervals are over the samples of all seeds; the lowest seed stands
     beside them, since samples do not tell how seeds differ.
 
+    Args:
+        dense: what all are compared with.
+        found: what was measured of each unit.
+        rankings: where each unit's heads come from, None where no heads are chosen.
+
     Raises:
         ValueError: if dense fails every task.
     """
     names = answered_by_dense(pooled([dense]))
-    groups: dict[tuple[str, float, str], list[VariantResult]] = {}
-    for unit, result in found.items():
-        groups.setdefault((unit.stage, unit.head_sparsity, unit.recipe), []).append(result)
+    groups: dict[tuple[str, float, str], list[Unit]] = {}
+    for unit in found:
+        groups.setdefault((unit.stage, unit.head_sparsity, unit.recipe), []).append(unit)
     figures: list[Figure] = []
-    for (stage, sparsity, recipe), results in groups.items():
+    for (stage, sparsity, recipe), units in groups.items():
         title = f"{STAGE_TITLES[stage]}, {100 * sparsity:g}% sparse, {recipe}"
-        figures += _recipe_figures(title, dense, results, names)
+        figures += _recipe_figures(title, dense, [found[unit] for unit in units], names)
+        figures += _cost_figures(title, [ranking for unit in units if (ranking := rankings[unit]) is not None])
     return figures
+
+
+def _cost_figures(title: str, rankings: Sequence[Ranking]) -> list[Figure]:
+    if not rankings:
+        return []
+    columns = {
+        "heads found in": (sum(ranking.seconds for ranking in rankings) / len(rankings), "s"),
+        "tokens read to find them": (
+            sum(ranking.tokens for ranking in rankings) / len(rankings) / 1e6,
+            "million tokens",
+        ),
+    }
+    return [
+        Figure(case=f"{title}: {column}", value=value, unit=unit, lower_is_better=True)
+        for column, (value, unit) in columns.items()
+    ]
 
 
 def _recipe_figures(

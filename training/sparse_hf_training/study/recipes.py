@@ -1,4 +1,4 @@
-"""Recipes that rank heads: ours, those that are published, and the baselines that each must beat."""
+"""Recipes that rank heads: those that are shipped, those that are published, and the baselines that each must beat."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from sparse_hf.calibrate.scores import ScoresCalibrator, ScoresOptions
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
 from sparse_hf.patching import get_handle, set_head_masks
-from sparse_hf_training.elimination import EliminationConfig, MaskedLoss, eliminate, elimination_scores
+from sparse_hf_training.elimination import EliminationConfig, MaskedLoss, eliminate, elimination_scores, tokens_read
 from sparse_hf_training.evaluation.losses import answer_losses, mean
 from sparse_hf_training.evaluation.recall import recall_samples
 from sparse_hf_training.masks import MaskLearning, MaskLearningConfig
 from sparse_hf_training.objectives import LossHead, ObjectiveConfig
 from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.tasks import NeedleTask
 
 DUO_PASSKEYS = 10
 NUM_CALIBRATION_SEQUENCES = 8
 ABLATION_SAMPLES = 8
+ELIMINATION_END = 0.9375
+"""Share of sparse heads at which elimination ends. Later rounds only add to a ranking, so that one serves all
+sparsities; the few heads that are full still are told apart by the last round's losses."""
 PRULONG_DECAY = 0.1
 
 
@@ -38,42 +42,43 @@ class Recipe:
     Args:
         name: in tables.
         summary: what it does, in one line.
-        rank: scores `[num_layers, num_kv_heads]` of a model, larger = stays full, for a head sparsity.
+        rank: the heads of a model, for a head sparsity.
         per_sparsity: it learns anew for each sparsity; others rank once.
         draws: how many seeds it is worth, or None for the study's.
     """
 
     name: str
     summary: str
-    rank: Callable[[Bench, PreTrainedModel, float], Tensor]
+    rank: Callable[[Bench, PreTrainedModel, float], Ranking]
     per_sparsity: bool = False
     draws: int | None = None
 
     def masks(self, bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
         """Head masks with that share of sparse heads: the lowest scores."""
-        return round_scores(self.rank(bench, model, head_sparsity), head_sparsity)
+        return round_scores(self.rank(bench, model, head_sparsity).scores, head_sparsity)
 
 
-def ours(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def gates(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """Hard-concrete gates, distilled from the dense model on the tokens that need recall; the shipped defaults."""
     config = MaskLearningConfig(end_head_sparsity=head_sparsity, seed=bench.seed)
-    return _learned(bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
+    return _learned(bench, bench.train(model, "masks", bench.recall_rows(), ObjectiveConfig(kl=3.0), config))
 
 
-def elimination(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def elimination(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """Heads taken away round by round, those first that answers and text miss least, by forward passes alone."""
-    config = EliminationConfig(end_head_sparsity=head_sparsity, batch_size=bench.batch_size)
     candidates, num_kinds = torch.ones_like(get_handle(model).head_masks), len(bench.tasks) + 1
-    # As many rows pass the model as in the training of others, which passes them backward too.
-    num_rounds = len(config.plan(candidates, num_kinds))
-    config = replace(config, row_passes=max(1, bench.max_steps * bench.batch_size // num_rounds))
+    # One head stays full, also of those few that a tiny model has.
+    end = min(ELIMINATION_END, 1 - 1 / candidates.numel())
+    config = EliminationConfig(end_head_sparsity=end, batch_size=bench.batch_size)
+    # No more rows pass the model than in the training of others, which passes them backward too.
+    config = config.within(bench.max_steps * bench.batch_size, candidates, num_kinds)
     length = config.num_rows(candidates, num_kinds)
     tasks = [bench.recall_rows([task], question_loss=False, length=length) for task in bench.tasks]
     text = bench.text_rows(length=length)
     with _all_full(model):
         loss = MaskedLoss(model, tasks, text, text_weight=config.text_weight, batch_size=config.batch_size)
         rounds = eliminate(loss, candidates, config, num_kinds=num_kinds)
-    return elimination_scores(rounds, candidates)
+    return Ranking(scores=elimination_scores(rounds, candidates), tokens=tokens_read(rounds, bench.seq_len))
 
 
 def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLearningConfig:
@@ -89,7 +94,7 @@ def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLea
     )
 
 
-def prulong_mended(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def prulong_mended(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """PruLong's loss and schedules with what is mended here: the closed-form penalty, no decay, bounds, lower rates.
 
     At the rates as published gates overshoot in the few hundred steps of a study, and end open, all of them.
@@ -101,10 +106,10 @@ def prulong_mended(bench: Bench, model: PreTrainedModel, head_sparsity: float) -
         reg_learning_rate=shipped.reg_learning_rate,
     )
     objective = ObjectiveConfig(lm=1.0, kl=0.0)
-    return _learned(bench.train(model, "masks", bench.text_rows(), objective, config))
+    return _learned(bench, bench.train(model, "masks", bench.text_rows(), objective, config))
 
 
-def prulong_published(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def prulong_published(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """PruLong as released: the penalty on sampled gates, and weight decay 0.1 on gates and multipliers.
 
     Its third defect, a gather that loses the penalty's gradient, needs sequence parallelism and is left out.
@@ -115,7 +120,7 @@ def prulong_published(bench: Bench, model: PreTrainedModel, head_sparsity: float
         return [_Decay(learning)]
 
     config, objective = _prulong(bench, head_sparsity, None), ObjectiveConfig(lm=1.0, kl=0.0)
-    return _learned(bench.train(model, "masks", bench.text_rows(), objective, config, prepare=prepare))
+    return _learned(bench, bench.train(model, "masks", bench.text_rows(), objective, config, prepare=prepare))
 
 
 def _sampled_penalty(learning: MaskLearning) -> Tensor:
@@ -144,7 +149,7 @@ class _Decay(TrainerCallback):
                 parameter.mul_(1 - rate * factor * PRULONG_DECAY)
 
 
-def duo_attention(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def duo_attention(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """DuoAttention's optimisation: clamped alpha, L1, distance of final hidden states on hidden passkeys' answers."""
     config = MaskLearningConfig(
         gates="duo",
@@ -159,24 +164,29 @@ def duo_attention(bench: Bench, model: PreTrainedModel, head_sparsity: float) ->
     if bench.tokenizer is not None:
         tasks = [NeedleTask(num_needles=DUO_PASSKEYS, num_questions=DUO_PASSKEYS)]
     objective = ObjectiveConfig(lm=0.0, kl=0.0, hidden=1.0)
-    return _learned(bench.train(model, "masks", bench.recall_rows(tasks, question_loss=False), objective, config))
+    return _learned(
+        bench, bench.train(model, "masks", bench.recall_rows(tasks, question_loss=False), objective, config)
+    )
 
 
-def training_free(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def training_free(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """`sparse-hf calibrate scores`: what windows miss, and what is found again in repeated text."""
     if not isinstance(bench.branch, Streaming):
         raise ValueError(f"training-free scores are of streaming heads, the branch is {bench.branch.name!r}")
     options = ScoresOptions(num_sink_tokens=bench.branch.num_sink_tokens, window_size=bench.branch.window_size)
     dense = bench.load().eval()  # it looks at a dense model
     calibrator = ScoresCalibrator(options, Target.of(dense, bench.seq_len), bench.seed)
+    tokens = 0
     for number in range(min(NUM_CALIBRATION_SEQUENCES, len(bench.rows))):  # type: ignore[arg-type]
-        calibrator.run(dense, bench.rows[number]["input_ids"][None].to(dense.device), number)
+        ids = bench.rows[number]["input_ids"]
+        calibrator.run(dense, ids[None].to(dense.device), number)
+        tokens += len(ids) + 2 * (len(ids) // 2)  # the text, and a half of it twice
     scores = calibrator.finish().scores
     assert scores is not None
-    return scores
+    return Ranking(scores=scores, tokens=tokens)
 
 
-def ablation(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def ablation(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """One forward pass a head and sample: how much the loss on answers rises when this head alone is sparse."""
     samples = [
         sample
@@ -203,16 +213,18 @@ def ablation(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tens
             without = masks.clone()
             without[layer, number] = 0
             scores[layer, number] = loss(without) - before
-    return scores
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    return Ranking(scores=scores, tokens=(masks.numel() + 1) * num_tokens)
 
 
-def random_heads(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def random_heads(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """Scores drawn at random."""
     shape = get_handle(model).head_masks.shape
-    return torch.rand(shape, generator=torch.Generator().manual_seed(bench.seed))
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(bench.seed))
+    return Ranking(scores=scores, tokens=0)
 
 
-def uniform_layers(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Tensor:
+def uniform_layers(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
     """Whole layers, at even distances over the depth, stay full; one of them in part where the number asks for it."""
     num_layers, num_heads = get_handle(model).head_masks.shape
     num_full = num_layers * num_heads - round(head_sparsity * num_layers * num_heads)
@@ -221,7 +233,7 @@ def uniform_layers(bench: Bench, model: PreTrainedModel, head_sparsity: float) -
     scores = torch.zeros(num_layers, num_heads)
     for rank, layer in enumerate(chosen):
         scores[layer] = num_layers - rank
-    return scores
+    return Ranking(scores=scores, tokens=0)
 
 
 @contextmanager
@@ -236,20 +248,20 @@ def _all_full(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _learned(scores: Tensor | None) -> Tensor:
+def _learned(bench: Bench, scores: Tensor | None) -> Ranking:
     assert scores is not None
-    return scores
+    return Ranking(scores=scores, tokens=bench.max_steps * bench.batch_size * bench.seq_len)
 
 
-def _described(name: str, rank: Callable[[Bench, PreTrainedModel, float], Tensor], **more: Any) -> Recipe:
+def _described(name: str, rank: Callable[[Bench, PreTrainedModel, float], Ranking], **more: Any) -> Recipe:
     return Recipe(name=name, summary=(rank.__doc__ or "").strip().splitlines()[0], rank=rank, **more)
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _described("ours", ours, per_sparsity=True),
-        _described("elimination", elimination, per_sparsity=True),
+        _described("gates", gates, per_sparsity=True),
+        _described("elimination", elimination),
         _described("prulong_published", prulong_published, per_sparsity=True),
         _described("prulong_mended", prulong_mended, per_sparsity=True),
         _described("duo_attention", duo_attention),

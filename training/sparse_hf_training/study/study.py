@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,21 +15,23 @@ from transformers import PreTrainedModel
 from sparse_hf.config import SparseConfig
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
-from sparse_hf.patching import get_handle, set_head_masks
+from sparse_hf.patching import set_head_masks
 from sparse_hf.sparsify import sparsify
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.lab import DENSE, Lab, Progress
 from sparse_hf_training.evaluation.variant import VariantResult
 from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.study.bench import Bench
+from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.recipes import RECIPES, UNIFORM_WINDOW, uniform_window
 from sparse_hf_training.tasks import task_label
 
 STAGES = ("masks", "masks_and_weights")
 SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
-TUNE_RECALL_SHARE = 0.9
 SCORES = "scores"
 """The variant under which the store keeps them."""
+LONGEST_MASKS = 120
+"""Characters of a variant's name that spells masks out; names of files end at 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,14 @@ class Unit:
         return f"{name}, {100 * self.head_sparsity:g}% sparse" if recipe is None or recipe.per_sparsity else name
 
 
+def masks_variant(masks: Tensor) -> str:
+    """Names the cells of head masks on the weights as they are: the same for whoever found the masks."""
+    full = " ".join(f"{layer}.{head}" for layer, head in masks.nonzero().tolist()) or "none"
+    if len(full) > LONGEST_MASKS:
+        full = f"{int(masks.sum())} of digest {hashlib.sha256(full.encode()).hexdigest()[:16]}"
+    return f"full heads {full}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a study compares.
@@ -62,6 +73,7 @@ class Plan:
         num_seeds: of recipes that depend on one.
         stages: `masks`, and `masks_and_weights`: the same masks after the weights were tuned under them.
         tune_rate: learning rate of the weights.
+        tune_recall_share: share of recall samples in the rows that weights are tuned on; the others are text.
     """
 
     recipes: tuple[str, ...] = (*RECIPES, UNIFORM_WINDOW)
@@ -69,6 +81,7 @@ class Plan:
     num_seeds: int = 3
     stages: tuple[str, ...] = STAGES
     tune_rate: float = 2e-4
+    tune_recall_share: float = 0.5
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -77,10 +90,15 @@ class Plan:
         ):
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+        for what, each in (("recipes", self.recipes), ("sparsities", self.sparsities), ("stages", self.stages)):
+            if len(set(each)) < len(each):
+                raise ValueError(f"{what} must all be different, got {list(each)}")
         if not self.sparsities or not all(0 < sparsity < 1 for sparsity in self.sparsities):
             raise ValueError(f"sparsities must lie in (0, 1), got {list(self.sparsities)}")
         if self.num_seeds < 1:
             raise ValueError(f"a study needs 1 seed or more, got {self.num_seeds}")
+        if not 0 < self.tune_recall_share < 1:
+            raise ValueError(f"tune_recall_share must lie in (0, 1), got {self.tune_recall_share}")
 
     def units(self) -> Iterator[Unit]:
         """Stage by stage, sparsity by sparsity, so that a study that is cut short compares what it has."""
@@ -110,11 +128,20 @@ class Study:
     def __init__(self, bench: Bench, lab: Lab, plan: Plan, folder: Any, *, overwrite: bool = False) -> None:
         self.bench, self.lab, self.plan = bench, lab, plan
         self.model = bench.model()
-        tasks = [task_label(task) for task in bench.tasks]
-        names = ("seq_len", "batch_size", "max_steps")
-        training = {f"train_{name}": getattr(bench, name) for name in names}
-        settings = {**lab.settings(self.model), **training, "branch": bench.branch.to_dict(), "train_tasks": tasks}
-        self.store = CellStore(folder, {**settings, "tune_rate": plan.tune_rate}, overwrite=overwrite)
+        self.store = CellStore(folder, self._settings(), overwrite=overwrite)
+
+    def _settings(self) -> dict[str, Any]:
+        """What cells depend on, rankings and tuned weights among them."""
+        bench, plan = self.bench, self.plan
+        return {
+            **self.lab.settings(self.model),
+            **{f"train_{name}": getattr(bench, name) for name in ("seq_len", "batch_size", "max_steps")},
+            "branch": bench.branch.to_dict(),
+            "train_tasks": [task_label(task) for task in bench.tasks],
+            "tune_tasks": [task_label(task) for task in bench.tune_tasks or bench.tasks],
+            "tune_rate": plan.tune_rate,
+            "tune_recall_share": plan.tune_recall_share,
+        }
 
     def run(
         self,
@@ -148,23 +175,30 @@ class Study:
     def measure(
         self, unit: Unit, progress: Callable[[Unit | None, str], None] = lambda unit, what: None
     ) -> VariantResult:
-        """All cells of a unit, from the store or measured now."""
+        """All cells of a unit, from the store or measured now; equal masks on the same weights share theirs."""
         step = self._step(unit, progress)
+        if unit.stage == "masks" and unit.recipe != UNIFORM_WINDOW:
+            progress(unit, "heads")
+            return replace(self._measure_masks(self.masks(unit), step), name=unit.variant)
         if self.lab.complete(unit.variant, self.store):
             return self.lab.measure(self.model, unit.variant, self.store, step)
         progress(unit, "heads")
         if unit.recipe == UNIFORM_WINDOW:
             model = self._uniform_window(unit)
         else:
-            model = self.model if unit.stage == "masks" else self.bench_model()
+            model = self.bench_model()
             set_head_masks(model, self.masks(unit))
         if unit.stage == "masks_and_weights":
             progress(unit, "weights")
             self._tune(model, unit)
+        return self.lab.measure(model, unit.variant, self.store, step)
+
+    def _measure_masks(self, masks: Tensor, step: Progress) -> VariantResult:
+        set_head_masks(self.model, masks)
         try:
-            return self.lab.measure(model, unit.variant, self.store, step)
+            return self.lab.measure(self.model, masks_variant(masks), self.store, step)
         finally:
-            set_head_masks(self.model, torch.ones_like(get_handle(self.model).head_masks))
+            set_head_masks(self.model, torch.ones_like(masks))
 
     def bench_model(self) -> PreTrainedModel:
         """A model of its own whose weights may train: in fp32."""
@@ -181,16 +215,28 @@ class Study:
         return sparsify(model, SparseConfig(sparse=wide))
 
     def masks(self, unit: Unit) -> Tensor:
-        """The recipe's head masks, from the store or found now."""
+        """The recipe's head masks, from the store or found now.
+
+        Raises:
+            ValueError: if the recipe chooses no heads.
+        """
+        ranking = self.ranking(unit)
+        if ranking is None:
+            raise ValueError(f"{unit.recipe} chooses no heads; ask for masks of {', '.join(RECIPES)}")
+        return round_scores(ranking.scores, unit.head_sparsity)
+
+    def ranking(self, unit: Unit) -> Ranking | None:
+        """The heads as the unit's recipe ranks them, from the store or found now; None where it ranks none."""
+        if unit.recipe == UNIFORM_WINDOW:
+            return None
         recipe, bench = RECIPES[unit.recipe], self.bench.with_seed(unit.seed)
 
         def rank() -> dict[str, Any]:
             start = time.monotonic()
-            scores = recipe.rank(bench, self.model, unit.head_sparsity)
-            return {"scores": scores.tolist(), "seconds": time.monotonic() - start}
+            found = recipe.rank(bench, self.model, unit.head_sparsity)
+            return replace(found, seconds=time.monotonic() - start).to_dict()
 
-        scores = torch.tensor(self.store.get(SCORES, unit.scores, rank)["scores"])
-        return round_scores(scores, unit.head_sparsity)
+        return Ranking.from_dict(self.store.get(SCORES, unit.scores, rank))
 
     def _tune(self, model: PreTrainedModel, unit: Unit) -> None:
         """Trains the weights under the masks, kept close to the dense model, on text and recall samples."""
@@ -198,7 +244,7 @@ class Study:
         bench.train(
             model,
             "sft",
-            bench.mixed_rows(TUNE_RECALL_SHARE),
+            bench.tune_rows(self.plan.tune_recall_share),
             ObjectiveConfig(kl=1.0),
             teacher=self.bench.load(),
             learning_rate=self.plan.tune_rate,
