@@ -1,7 +1,7 @@
 """Which recipe loses least per byte kept? Recipes that choose heads, side by side at equal KV bytes, on one model.
 
     python scripts/quality_study.py --out docs/benchmarks --budget-minutes 20
-    python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 256 --out DIR
+    python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 1008 --out DIR
 
 Writes NAME.json after every unit, a plot of each stage at the end (NAME_masks.png), and keeps each measured cell under
 --cells, so that the same line goes on where it stopped. On the shipped 4M model and books by default. .txt and .jsonl
@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -63,11 +64,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--train-tasks", default=TRAIN_TASKS, help="that recipes learn heads from")
     parser.add_argument("--tune-tasks", default=TUNE_TASKS, help="that weights are tuned on")
     parser.add_argument("--seq-len", type=int, default=2048, help="of samples and rows that are measured")
-    parser.add_argument("--train-seq-len", type=int, default=1024)
+    parser.add_argument("--train-seq-len", type=int, default=1024, help="of rows that recipes learn heads from")
+    parser.add_argument("--train-window", type=int, help="while they do; --window by default")
+    parser.add_argument(
+        "--tune-seq-len", type=int, help="of rows that weights are tuned on; as --train-seq-len"
+    )
     parser.add_argument("--samples", type=int, default=200, help="per task")
     parser.add_argument("--rows", type=int, default=32, help="of held text")
     parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
+    parser.add_argument("--tune-batch", type=int, help="the same of tuning; --train-batch by default")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
     parser.add_argument("--answers", choices=get_args(Answers), help="default: forward for streaming heads")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
@@ -81,9 +87,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def branch(options: argparse.Namespace) -> Method:
+def branch(options: argparse.Namespace, window_size: int) -> Method:
     """The method of sparse heads."""
-    window = {"num_sink_tokens": options.sinks, "window_size": options.window}
+    window = {"num_sink_tokens": options.sinks, "window_size": window_size}
     if options.branch == "xattention":
         return XAttention()
     return Triangle(**window) if options.branch == "triangle" else Streaming(**window)
@@ -100,21 +106,30 @@ def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: i
     return PackedTextDataset(pack_documents(text_documents(texts, tokenizer), seq_len)[0])
 
 
-def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
-    """The model with its training text, and what is measured on the held one. Both can be pickled."""
+def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
+    """The model with what its heads are ranked on, the same with what its weights are tuned on, and what is measured on
+    held text. All can be pickled."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, held = (list(CalibrationText(path=path).documents()) for path in (options.data, options.held))
     bench = Bench(
         load=partial(load_model, options.model),
         tokenizer=tokenizer,
-        branch=branch(options),
+        branch=branch(options, options.train_window or options.window),
         filler=Filler.from_texts(train, tokenizer),
         rows=packed_rows(train, tokenizer, options.train_seq_len),
         tasks=parse_tasks(options.train_tasks),
-        tune_tasks=parse_tasks(options.tune_tasks),
         seq_len=options.train_seq_len,
         batch_size=options.train_batch,
         max_steps=options.steps,
+    )
+    tune_seq_len = options.tune_seq_len or options.train_seq_len
+    tuning = replace(
+        bench,
+        branch=branch(options, options.window),
+        rows=packed_rows(train, tokenizer, tune_seq_len),
+        tasks=parse_tasks(options.tune_tasks),
+        seq_len=tune_seq_len,
+        batch_size=options.tune_batch or options.train_batch,
     )
     lab = Lab(
         tokenizer=tokenizer,
@@ -125,9 +140,9 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Lab]:
         num_samples=options.samples,
         num_rows=options.rows,
         batch_size=options.batch_size,
-        answers=options.answers or ("forward" if isinstance(bench.branch, Streaming) else "generate"),
+        answers=options.answers or ("forward" if isinstance(tuning.branch, Streaming) else "generate"),
     )
-    return bench, lab
+    return bench, tuning, lab
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tune_rate=options.tune_rate,
         tune_recall_share=options.tune_recall_share,
     )
-    study = Study(*prepare(options), plan, options.cells, overwrite=options.overwrite)
+    bench, tuning, lab = prepare(options)
+    study = Study(bench, lab, plan, options.cells, tuning=tuning, overwrite=options.overwrite)
     check_length(study.model, options.seq_len)
     found: dict[Unit, VariantResult] = {}
     rankings: dict[Unit, Ranking | None] = {}

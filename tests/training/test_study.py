@@ -262,10 +262,10 @@ def test_one_forward_pass_answers_as_generate_does(load: Load, tmp_path: Path, b
     line = "--sinks 4 --window 64 --seq-len 640 --train-seq-len 640 --samples 5 --rows 1 --answers generate "
     line += f"--batch-size {batch_size} --tasks needle:num_needles=4,chain,two_turns:num_needles=4 --out {tmp_path}"
     script = load("quality_study")
-    bench, lab = script.prepare(script.parse(line.split()))
+    _, bench, lab = script.prepare(script.parse(line.split()))
     for branch, answers in (("streaming", "forward"), ("triangle", "generate")):
         by_default = line.replace("--answers generate", f"--branch {branch}")
-        assert script.prepare(script.parse(by_default.split()))[1].answers == answers
+        assert script.prepare(script.parse(by_default.split()))[2].answers == answers
     model = bench.model().eval()
     masks = torch.zeros(4, 4)
     masks[2:] = 1

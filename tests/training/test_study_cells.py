@@ -17,6 +17,7 @@ import sparse_hf_training.elimination as elimination_module
 import sparse_hf_training.evaluation.lab as lab_module
 from sparse_hf import Streaming
 from sparse_hf.figures import replace_json
+from sparse_hf.patching import get_handle
 from sparse_hf_training.data import PackedTextDataset, pack_documents, text_document
 from sparse_hf_training.evaluation.footprint import Footprint
 from sparse_hf_training.evaluation.lab import Lab
@@ -239,18 +240,51 @@ def test_weights_are_tuned_on_tasks_of_their_own(
         return original(self, model, stage, rows, *more, **others)
 
     monkeypatch.setattr(Bench, "train", watched)
-    bench = replace(bench, tune_tasks=[MultiKeyNeedleTask()], max_steps=8)
+    tuning = replace(bench, tasks=[MultiKeyNeedleTask()], max_steps=8)
     plan = Plan(tune_recall_share=0.25)
-    Study(bench, lab, plan, tmp_path).measure(unit("ablation", stage="masks_and_weights"))
+    Study(bench, lab, plan, tmp_path, tuning=tuning).measure(unit("ablation", stage="masks_and_weights"))
     assert bench.tokenizer is not None
     texts = [bench.tokenizer.decode(row) for row in read]
     needles = [text for text in texts if "number" in text]
     assert len(texts) == 8 and 0 < len(needles) < 5
     for other, name in (
-        (Study(replace(bench, tune_tasks=()), lab, plan, tmp_path / "other"), "tune_tasks"),
-        (Study(bench, lab, Plan(), tmp_path / "share"), "tune_recall_share"),
+        (Study(bench, lab, plan, tmp_path / "other", tuning=replace(bench, max_steps=8)), "tune_tasks"),
+        (Study(bench, lab, Plan(), tmp_path / "share", tuning=tuning), "tune_recall_share"),
     ):
         before = json.loads((tmp_path / "settings.json").read_text())
         assert [key for key in before if before[key] != other.store.settings[key]] == [name]
         with pytest.raises(ValueError, match=f"other settings .{name}"):
-            Study(other.bench, lab, other.plan, tmp_path)
+            Study(other.bench, lab, other.plan, tmp_path, tuning=other.tuning)
+
+
+def test_heads_are_ranked_under_a_window_of_their_own(
+    bench: Bench, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is measured and tuned has the window of `tuning`, whatever heads were ranked with."""
+    windows: dict[str, list[int]] = {"ranked": [], "tuned": [], "measured": []}
+
+    def window(model: Any) -> int:
+        branch = get_handle(model).config.sparse
+        assert isinstance(branch, Streaming)
+        return branch.window_size
+
+    def ranked(bench: Bench, model: Any, head_sparsity: float) -> Ranking:
+        windows["ranked"].append(window(model))
+        return Ranking(scores=torch.tensor([[0.0, 1.0], [2.0, 3.0]]), tokens=0)
+
+    monkeypatch.setitem(RECIPES, "ablation", replace(RECIPES["ablation"], rank=ranked))
+    for target, name, key in ((Bench, "train", "tuned"), (Lab, "measure", "measured")):
+        original = getattr(target, name)
+
+        def watched(self: Any, model: Any, *more: Any, key: str = key, original: Any = original, **others: Any) -> Any:
+            windows[key].append(window(model))
+            return original(self, model, *more, **others)
+
+        monkeypatch.setattr(target, name, watched)
+    tuning = replace(bench, branch=replace(bench.branch, window_size=16))  # type: ignore[type-var]
+    study = Study(bench, lab, Plan(), tmp_path, tuning=tuning)
+    for stage in ("masks", "masks_and_weights"):
+        study.measure(unit("ablation", stage=stage))
+    assert windows == {"ranked": [8], "tuned": [16], "measured": [16, 16]}
+    with pytest.raises(ValueError, match=r"other settings \(train_branch"):
+        Study(tuning, lab, Plan(), tmp_path)

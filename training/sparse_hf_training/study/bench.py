@@ -22,7 +22,7 @@ from sparse_hf_training.data.sources import RecallDataset
 from sparse_hf_training.masks import MaskLearning, MaskLearningConfig, detach_mask_learning
 from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.stages import Stage, prepare_stage
-from sparse_hf_training.tasks import Filler, RecallTask
+from sparse_hf_training.tasks import Filler, RecallTask, task_label
 from sparse_hf_training.trainer import SparseTrainer
 
 
@@ -36,8 +36,7 @@ class Bench:
         branch: method of sparse heads.
         filler: training text to hide facts in.
         rows: packed training text, for recipes that read plain text.
-        tasks: recall tasks to learn heads from.
-        tune_tasks: recall tasks to tune weights on; the same where none are given.
+        tasks: recall tasks to learn from.
         seq_len: tokens of a training row.
         batch_size: rows of a step.
         max_steps: optimizer steps of a recipe that learns.
@@ -50,7 +49,6 @@ class Bench:
     filler: Filler = field(repr=False)
     rows: Dataset[Row] = field(repr=False)
     tasks: Sequence[RecallTask]
-    tune_tasks: Sequence[RecallTask] = ()
     seq_len: int
     batch_size: int = 1
     max_steps: int = 120
@@ -58,6 +56,13 @@ class Bench:
 
     def with_seed(self, seed: int) -> Bench:
         return replace(self, seed=seed)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What training on it depends on besides the model, the text and the seed: JSON-plain, named after `name`."""
+        return {
+            **{f"{name}_{key}": getattr(self, key) for key in ("seq_len", "batch_size", "max_steps")},
+            f"{name}_tasks": [task_label(task) for task in self.tasks],
+        }
 
     def model(self) -> PreTrainedModel:
         """A fresh model whose heads are all full, and may be made sparse."""
@@ -82,9 +87,9 @@ class Bench:
         """Rows of packed text, likewise."""
         return ShuffledDataset(self.rows, seed=self.seed, length=length or self.max_steps * self.batch_size)
 
-    def tune_rows(self, recall_share: float) -> Dataset[Row]:
-        """Text, and that share of recall samples, to tune weights on."""
-        parts = [self.text_rows(), self.recall_rows(self.tune_tasks)]
+    def mixed_rows(self, recall_share: float) -> Dataset[Row]:
+        """Text, and that share of recall samples."""
+        parts = [self.text_rows(), self.recall_rows()]
         ratios = [1 - recall_share, recall_share]
         return MixedDataset(parts, ratios, seed=self.seed, length=self.max_steps * self.batch_size)
 

@@ -57,7 +57,7 @@ def run_side_by_side(
     places: Any = context.SimpleQueue()
     for place in devices(jobs):
         places.put(place)
-    make = partial(Study, study.bench, study.lab, study.plan, study.store.folder)
+    make = partial(Study, study.bench, study.lab, study.plan, study.store.folder, tuning=study.tuning)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(make, places, threads))
     try:

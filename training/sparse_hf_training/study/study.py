@@ -24,7 +24,6 @@ from sparse_hf_training.objectives import ObjectiveConfig
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.recipes import RECIPES, UNIFORM_WINDOW, uniform_window
-from sparse_hf_training.tasks import task_label
 
 STAGES = ("masks", "masks_and_weights")
 SPARSITIES = (0.5, 0.625, 0.75, 0.8125, 0.875)
@@ -115,32 +114,36 @@ class Study:
     """Measures the units of a plan.
 
     Args:
-        bench: the model, and what recipes may use.
+        bench: the model, and what recipes rank its heads with.
         lab: what is measured, on held text.
         plan: what is compared.
         folder: of the cells.
+        tuning: the model with the branch that is measured, and what its weights are tuned on; `bench` if there is none.
+            Recipes may read shorter rows, with a window that is shorter as well.
         overwrite: forget cells of other settings.
 
     Raises:
         ValueError: if the folder holds cells of other settings.
     """
 
-    def __init__(self, bench: Bench, lab: Lab, plan: Plan, folder: Any, *, overwrite: bool = False) -> None:
-        self.bench, self.lab, self.plan = bench, lab, plan
-        self.model = bench.model()
+    def __init__(
+        self, bench: Bench, lab: Lab, plan: Plan, folder: Any, *, tuning: Bench | None = None, overwrite: bool = False
+    ) -> None:
+        self.bench, self.lab, self.plan, self.tuning = bench, lab, plan, tuning or bench
+        self.model = self.tuning.model()
+        self.ranked = self.model if self.tuning.branch == bench.branch else bench.model()
         self.store = CellStore(folder, self._settings(), overwrite=overwrite)
 
     def _settings(self) -> dict[str, Any]:
         """What cells depend on, rankings and tuned weights among them."""
-        bench, plan = self.bench, self.plan
         return {
             **self.lab.settings(self.model),
-            **{f"train_{name}": getattr(bench, name) for name in ("seq_len", "batch_size", "max_steps")},
-            "branch": bench.branch.to_dict(),
-            "train_tasks": [task_label(task) for task in bench.tasks],
-            "tune_tasks": [task_label(task) for task in bench.tune_tasks or bench.tasks],
-            "tune_rate": plan.tune_rate,
-            "tune_recall_share": plan.tune_recall_share,
+            "branch": self.tuning.branch.to_dict(),
+            "train_branch": self.bench.branch.to_dict(),
+            **self.bench.settings("train"),
+            **self.tuning.settings("tune"),
+            "tune_rate": self.plan.tune_rate,
+            "tune_recall_share": self.plan.tune_recall_share,
         }
 
     def run(
@@ -186,7 +189,7 @@ class Study:
         if unit.recipe == UNIFORM_WINDOW:
             model = self._uniform_window(unit)
         else:
-            model = self.bench_model()
+            model = self._trainable()
             set_head_masks(model, self.masks(unit))
         if unit.stage == "masks_and_weights":
             progress(unit, "weights")
@@ -200,16 +203,16 @@ class Study:
         finally:
             set_head_masks(self.model, torch.ones_like(masks))
 
-    def bench_model(self) -> PreTrainedModel:
+    def _trainable(self) -> PreTrainedModel:
         """A model of its own whose weights may train: in fp32."""
-        return sparsify(self.bench.load().float(), SparseConfig(sparse=self.bench.branch, head_masks="all_full"))
+        return sparsify(self.tuning.load().float(), SparseConfig(sparse=self.tuning.branch, head_masks="all_full"))
 
     def _uniform_window(self, unit: Unit) -> PreTrainedModel:
-        branch = self.bench.branch
+        branch = self.tuning.branch
         if not isinstance(branch, Streaming):
             raise ValueError(f"{UNIFORM_WINDOW} is of streaming heads, the branch is {branch.name!r}; leave it out")
         wide = uniform_window(branch, unit.head_sparsity, self.lab.seq_len)
-        model = self.bench.load()
+        model = self.tuning.load()
         if unit.stage == "masks_and_weights":
             model = model.float()
         return sparsify(model, SparseConfig(sparse=wide))
@@ -233,20 +236,20 @@ class Study:
 
         def rank() -> dict[str, Any]:
             start = time.monotonic()
-            found = recipe.rank(bench, self.model, unit.head_sparsity)
+            found = recipe.rank(bench, self.ranked, unit.head_sparsity)
             return replace(found, seconds=time.monotonic() - start).to_dict()
 
         return Ranking.from_dict(self.store.get(SCORES, unit.scores, rank))
 
     def _tune(self, model: PreTrainedModel, unit: Unit) -> None:
         """Trains the weights under the masks, kept close to the dense model, on text and recall samples."""
-        bench, dtype = self.bench.with_seed(unit.seed + 1000), self.model.dtype
+        bench, dtype = self.tuning.with_seed(unit.seed + 1000), self.model.dtype
         bench.train(
             model,
             "sft",
-            bench.tune_rows(self.plan.tune_recall_share),
+            bench.mixed_rows(self.plan.tune_recall_share),
             ObjectiveConfig(kl=1.0),
-            teacher=self.bench.load(),
+            teacher=bench.load(),
             learning_rate=self.plan.tune_rate,
         )
         model.to(dtype)  # type: ignore[arg-type]
