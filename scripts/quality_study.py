@@ -66,9 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048, help="of samples and rows that are measured")
     parser.add_argument("--train-seq-len", type=int, default=1024, help="of rows that recipes learn heads from")
     parser.add_argument("--train-window", type=int, help="while they do; --window by default")
-    parser.add_argument(
-        "--tune-seq-len", type=int, help="of rows that weights are tuned on; as --train-seq-len"
-    )
+    parser.add_argument("--tune-seq-len", type=int, help="of rows that weights are tuned on; as --train-seq-len")
     parser.add_argument("--samples", type=int, default=200, help="per task")
     parser.add_argument("--rows", type=int, default=32, help="of held text")
     parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")

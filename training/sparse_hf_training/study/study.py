@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -135,16 +136,20 @@ class Study:
         self.store = CellStore(folder, self._settings(), overwrite=overwrite)
 
     def _settings(self) -> dict[str, Any]:
-        """What cells depend on, rankings and tuned weights among them."""
+        """What all cells depend on, rankings among them."""
         return {
             **self.lab.settings(self.model),
             "branch": self.tuning.branch.to_dict(),
             "train_branch": self.bench.branch.to_dict(),
             **self.bench.settings("train"),
-            **self.tuning.settings("tune"),
-            "tune_rate": self.plan.tune_rate,
-            "tune_recall_share": self.plan.tune_recall_share,
         }
+
+    def _cells(self, unit: Unit) -> str:
+        """Under which name the store keeps what is measured of a unit: tuned weights also depend on their training."""
+        if unit.stage == "masks":
+            return unit.variant
+        tuning = {**self.tuning.settings("tune"), "rate": self.plan.tune_rate, "share": self.plan.tune_recall_share}
+        return f"{unit.variant}, tuning {hashlib.sha256(json.dumps(tuning).encode()).hexdigest()[:16]}"
 
     def run(
         self,
@@ -179,12 +184,12 @@ class Study:
         self, unit: Unit, progress: Callable[[Unit | None, str], None] = lambda unit, what: None
     ) -> VariantResult:
         """All cells of a unit, from the store or measured now; equal masks on the same weights share theirs."""
-        step = self._step(unit, progress)
+        step, cells = self._step(unit, progress), self._cells(unit)
         if unit.stage == "masks" and unit.recipe != UNIFORM_WINDOW:
             progress(unit, "heads")
             return replace(self._measure_masks(self.masks(unit), step), name=unit.variant)
-        if self.lab.complete(unit.variant, self.store):
-            return self.lab.measure(self.model, unit.variant, self.store, step)
+        if self.lab.complete(cells, self.store):
+            return replace(self.lab.measure(self.model, cells, self.store, step), name=unit.variant)
         progress(unit, "heads")
         if unit.recipe == UNIFORM_WINDOW:
             model = self._uniform_window(unit)
@@ -194,7 +199,7 @@ class Study:
         if unit.stage == "masks_and_weights":
             progress(unit, "weights")
             self._tune(model, unit)
-        return self.lab.measure(model, unit.variant, self.store, step)
+        return replace(self.lab.measure(model, cells, self.store, step), name=unit.variant)
 
     def _measure_masks(self, masks: Tensor, step: Progress) -> VariantResult:
         set_head_masks(self.model, masks)
