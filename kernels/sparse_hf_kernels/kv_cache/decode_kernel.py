@@ -13,9 +13,8 @@ it asks for the first tiles to be brought into L2, which spoils nothing even if 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_hf_kernels.kv_cache.ahead import wait_for_kernel_before
 from sparse_hf_kernels.kv_cache.parts import NEVER, leave, merge
 from sparse_hf_kernels.kv_cache.shares import (
     blocks_of,
@@ -188,7 +187,6 @@ def _decode_kernel(
     BN: tl.constexpr, ROWS: tl.constexpr, MIN_SHARE: tl.constexpr, HEAD_COST: tl.constexpr, BM: tl.constexpr,
     HAS_VALID: tl.constexpr, QUANTIZED: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr, OVERLAPS: tl.constexpr,
-    TILES_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs. A row is one KV head of one row of the batch; there are `num_rows` <= ROWS.
 
@@ -197,10 +195,7 @@ def _decode_kernel(
     launch may begin before the kernel before it has ended.
     """
     if OVERLAPS:
-        wait_for_kernel_before(
-            keys_ptr, values_ptr, state_ptr, heads_ptr, capacity, ring_slots, num_linear, num_rows, num_dense_rows,
-            KV_HEADS, D, BN, ROWS, MIN_SHARE, HEAD_COST, TILES_AHEAD,
-        )  # fmt: skip
+        gdc_wait()
     pid, programs = tl.program_id(0), tl.num_programs(0)
     rows = tl.arange(0, ROWS)
     exists = rows < num_rows

@@ -35,22 +35,22 @@ class DecodeConfig:
         programs: per multiprocessor, at most: fewer where no more fit.
         min_share: blocks that a program takes at least, so that short contexts need no merge.
         head_cost: blocks that a program could read in the time that beginning with another head takes.
-        tiles_ahead: blocks of a program that are brought into L2 while the kernel before ends.
     """
 
     block: int
-    num_warps: int = 4
+    num_warps: int = 2
     num_stages: int = 3
-    programs: int = 2
+    programs: int = 4
     min_share: int = 1
     head_cost: int = 2
-    tiles_ahead: int = 3
 
 
 def decode_config(head_dim: int, itemsize: int) -> DecodeConfig:
-    """By the bytes of a key: so much that loads in flight fill the bandwidth, in shared memory for two programs."""
+    """By the bytes of a key: so much that loads in flight fill the bandwidth, in shared memory for all programs."""
     row = triton.next_power_of_2(head_dim) * max(itemsize, 2)  # 8-bit tiles are widened
-    return DecodeConfig(block=max(16, min(128, 64 * 256 // row)))
+    if itemsize == 1:  # which takes more registers than two warps have
+        return DecodeConfig(block=max(16, min(128, 64 * 256 // row)), num_warps=4, programs=2)
+    return DecodeConfig(block=max(16, min(128, 32 * 256 // row)))
 
 
 def launches_overlap() -> bool:
@@ -130,7 +130,7 @@ def decode_options(
     """Constants and launch options of `_decode_kernel`."""
     config = decode_config(head_dim, storage.keys.element_size())
     group = num_heads // num_kv_heads
-    slot_bytes, overlaps = head_dim * storage.keys.element_size(), not INTERPRETED and launches_overlap()
+    overlaps = not INTERPRETED and launches_overlap()
     return {
         "KV_HEADS": num_kv_heads,
         "GROUP": group,
@@ -148,7 +148,6 @@ def decode_options(
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "WAITS": not INTERPRETED,
         "OVERLAPS": overlaps,
-        "TILES_AHEAD": config.tiles_ahead if slot_bytes % 16 == 0 else 0,  # what can be asked for
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         # Programs that wait for each other have to be on the device at once, also beside other kernels: this way a

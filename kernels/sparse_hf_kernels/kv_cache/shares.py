@@ -36,12 +36,12 @@ def blocks_of(length, recent, sinks, window, num_dense_rows, BN: tl.constexpr):
 
 @triton.jit
 def read_table(heads_ptr, rows, exists, KV_HEADS: tl.constexpr):
-    """The layout's entries of every row; all on their way at once, and not by L1, see `wait_for_kernel_before`."""
+    """The layout's entries of every row; all on their way at once."""
     table = heads_ptr + (rows % KV_HEADS) * 4
-    all_recent = tl.load(table, mask=exists, other=0, cache_modifier=".cg")
-    all_sinks = tl.load(table + 1, mask=exists, other=0, cache_modifier=".cg")
-    all_windows = tl.load(table + 2, mask=exists, other=1, cache_modifier=".cg")
-    all_places = tl.load(table + 3, mask=exists, other=0, cache_modifier=".cg")
+    all_recent = tl.load(table, mask=exists, other=0)
+    all_sinks = tl.load(table + 1, mask=exists, other=0)
+    all_windows = tl.load(table + 2, mask=exists, other=1)
+    all_places = tl.load(table + 3, mask=exists, other=0)
     return all_recent, all_sinks, all_windows, all_places
 
 
