@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Tensors this small cost threads more in waiting for each other than they save, and `make test` has a process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from collections.abc import Callable

@@ -12,15 +12,6 @@ from sparse_hf_kernels.kv_cache import KVDtype, StorageLayout
 Naive = Callable[..., tuple[Tensor, Tensor]]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost threads more in waiting for each other than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def naive_mask(layout: AttentionLayout, positions: TokenPositions) -> Tensor:
     """Which keys each KV head's queries read: boolean `[batch or 1, num_kv_heads, q_len, kv_len]`."""
     i, j = positions.q_positions[:, :, None], positions.k_positions[:, None, :]
