@@ -1,6 +1,6 @@
 """Attention from the definitions, in float64: what every backend is judged by."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
