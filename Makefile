@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 # Test processes side by side; whole files go to one, so that what their tests share is made once.
 JOBS ?= 2
+# tests/conftest.py has the order of the files.
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -29,8 +31,8 @@ demo: install
 
 # Triton's interpreter is chosen when kernels are imported, hence a process of its own.
 test: install
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not network" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/kernels/interpreter
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not network" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS) tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +25,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for one and warns
 
 
+FEW_TESTS = 6
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-archs", action="store_true", help="compile kernels for every GPU, dtype and layout")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        long_files_first(items)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for mark, needed in (("gpu", 1), ("multi_gpu", 2)):
         if num_gpus >= needed:
@@ -37,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if mark in item.keywords:
                 item.add_marker(skip)
+
+
+def long_files_first(items: list[pytest.Item]) -> None:
+    """The order in which pytest-xdist deals files out, so that at the end none keeps one process busy alone.
+
+    Files of few tests are those that start processes and train: first they come, and then those of most tests.
+    """
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (counts[item.path] > FEW_TESTS, -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
