@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for one and warns
 
 
-FEW_TESTS = 6
+FEW_TESTS = 10
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
