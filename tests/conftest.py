@@ -25,9 +25,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed probes for one and warns
 
 
-FEW_TESTS = 10
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-archs", action="store_true", help="compile kernels for every GPU, dtype and layout")
 
@@ -48,10 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def long_files_first(items: list[pytest.Item]) -> None:
     """The order in which pytest-xdist deals files out, so that at the end none keeps one process busy alone.
 
-    Files of few tests are those that start processes and train: first they come, and then those of most tests.
+    Files of few tests are those that start processes and train: they come first, and then those of most tests.
     """
     counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: (counts[item.path] > FEW_TESTS, -counts[item.path]))
+    items.sort(key=lambda item: (counts[item.path] > 10, -counts[item.path]))
 
 
 @pytest.fixture(scope="session")

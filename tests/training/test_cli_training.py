@@ -14,16 +14,14 @@ from sparse_hf.artefact import load_artefact
 from sparse_hf.cli import build_app
 
 CALL = "import sys; from sparse_hf.cli import main; main()"
+Run = Callable[..., tuple[int, str, str]]
 
 
 def sparse_hf(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own; what a process adds to an error or an answer from disk, the calls that work have."""
+    """In a process of its own, as a user has it; errors and repeated calls run in the test's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
     command = [sys.executable, "-c", CALL, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
