@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 # Test processes side by side; whole files go to one, so that what their tests share is made once.
 JOBS ?= 2
+# The order of the files is that of tests/conftest.py.
+WHOLE_FILES := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,10 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/sparse-hf demo
 
-# Triton's interpreter is chosen when kernels are imported, hence a process of its own.
+# Triton's interpreter is chosen when kernels are imported, hence a process of its own. Those tests share nothing.
 test: install
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not network" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/kernels/interpreter
+	$(BIN)/pytest $(WHOLE_FILES) -m "not network" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS) tests/kernels/interpreter
 
 lint: install
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """Attention from the definitions, in float64: what every backend is judged by."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,15 +10,6 @@ from sparse_hf_kernels import AttentionLayout, TokenPositions
 from sparse_hf_kernels.kv_cache import KVDtype, StorageLayout
 
 Naive = Callable[..., tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost threads more in waiting for each other than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def naive_mask(layout: AttentionLayout, positions: TokenPositions) -> Tensor:

@@ -273,15 +273,6 @@ def make_weights_matter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost threads more in waiting for each other than they save, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session", autouse=True)
 def register_oracle() -> Iterator[None]:
     AttentionInterface.register(ORACLE, oracle_attention)
     AttentionMaskInterface.register(ORACLE, lambda *args, **kwargs: None)

@@ -19,7 +19,6 @@ import sparse_hf.cli.app as app_module
 from sparse_hf import SparseConfig
 from sparse_hf.adapters import ModelShape
 from sparse_hf.artefact import write_artefact
-from sparse_hf.cli import main
 
 SHAPE = ModelShape(model_type="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 
@@ -46,23 +45,6 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `main()` in this process: exit code, stdout, stderr."""
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparse-hf", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_no_arguments_print_help(run_main: Run) -> None:

@@ -14,15 +14,22 @@ from sparse_hf.artefact import load_artefact
 from sparse_hf.cli import build_app
 
 CALL = "import sys; from sparse_hf.cli import main; main()"
+Run = Callable[..., tuple[int, str, str]]
 
 
 def sparse_hf(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as a user has it; errors and repeated calls run in the test's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
     command = [sys.executable, "-c", CALL, *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
-def test_train_then_eval(run_yaml: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_train_then_eval(run_yaml: Callable[..., Path], run_main: Run, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "over"
     done = sparse_hf("train", str(run_yaml()), f"output_dir={out}", "masks.end_head_sparsity=2.5e-1", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,14 +57,14 @@ def test_train_then_eval(run_yaml: Callable[..., Path], text_file: Path, tmp_pat
     assert {row["unit"] for row in rows} == {"share", "nats/token", "bytes", "%"}
     assert rows[0]["command"].startswith("sparse-hf eval over --seq-len 560 ") and str(tmp_path) not in str(rows)
     before = (out / "evaluation" / "report.json").read_text()
-    again = sparse_hf("eval", str(out), *options)
-    assert again.returncode == 0 and (out / "evaluation" / "report.json").read_text() == before
-    assert "no task is left to judge" in again.stdout and "density of decoding" in again.stdout
-    refused = sparse_hf("eval", str(out), *options, "--seed", "7")
-    assert refused.returncode == 1 and "other settings (seed 1234 != 7)" in refused.stderr
+    code, told, _ = run_main("eval", out, *options)
+    assert code == 0 and (out / "evaluation" / "report.json").read_text() == before
+    assert "no task is left to judge" in told and "density of decoding" in told
+    code, _, error = run_main("eval", out, *options, "--seed", "7")
+    assert code == 1 and "other settings (seed 1234 != 7)" in error
 
 
-def test_eval_of_a_preset_on_a_model(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_eval_of_a_preset_on_a_model(model_folder: Path, run_main: Run, text_file: Path, tmp_path: Path) -> None:
     options = ["--model", str(model_folder), "--text", str(text_file), "--seq-len", "300", "--num-rows", "1"]
     options += ["--tasks", "key_value:num_pairs=2", "--num-samples", "2", "--out", str(tmp_path / "out")]
     done = sparse_hf("eval", "streaming", *options, "--name", "all streaming", "--json")
@@ -66,8 +73,8 @@ def test_eval_of_a_preset_on_a_model(model_folder: Path, text_file: Path, tmp_pa
     report = json.loads(done.stdout)
     assert report["name"] == "all streaming" and report["about"]["methods"] == ["streaming"]
     assert report["about"]["sparsity"] == "4 of 4 KV heads sparse (100.0%)"
-    refused = sparse_hf("eval", "streaming", *options, "--strict-length")
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: 300 tokens are less")
+    code, _, error = run_main("eval", "streaming", *options, "--strict-length")
+    assert code == 1 and error.splitlines()[-1].startswith("error: 300 tokens are less")
     listed = CliRunner().invoke(build_app(), ["eval", "x", "--list-tasks", "--json"])
     assert "niah_multikey_3" in [row["task"] for row in json.loads(listed.stdout)]
 
@@ -84,12 +91,13 @@ def test_eval_of_a_preset_on_a_model(model_folder: Path, text_file: Path, tmp_pa
         (["compare", "{folder}"], "holds no report.json; `sparse-hf eval"),
     ],
 )
-def test_errors_are_one_line(run_yaml: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str) -> None:
-    filled = [text.format(config=run_yaml(), folder=tmp_path) for text in arguments]
-    done = sparse_hf(*filled)
-    assert done.returncode == 1 and done.stdout == ""
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+def test_errors_are_one_line(
+    run_yaml: Callable[..., Path], run_main: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, told, error = run_main(*(text.format(config=run_yaml(), folder=tmp_path) for text in arguments))
+    assert code == 1 and told == ""
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
 
 

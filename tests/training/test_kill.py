@@ -21,7 +21,7 @@ from sparse_hf_training.config import RunConfig
 from sparse_hf_training.run import run_training
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
-STEPS, SAVE = 90, 3
+STEPS, SAVE = 60, 3
 TRAINER = {"max_steps": STEPS, "save_steps": SAVE, "logging_steps": SAVE, "lr_scheduler_type": "cosine"}
 
 
@@ -40,6 +40,7 @@ def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool], lim
             process.send_signal(signal.SIGKILL)
             process.wait()
             return True
+        time.sleep(0.001)  # leaves the core to the run
     process.kill()
     process.wait()
     return False

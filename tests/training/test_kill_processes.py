@@ -1,4 +1,4 @@
-"""A run of two processes, one or all of which are killed, goes on where it saved last and ends bitwise the same."""
+"""Runs of two processes, one or all of which are killed, go on where they saved last and end bitwise the same."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from sparse_hf.artefact import load_artefact
@@ -20,14 +21,21 @@ from sparse_hf_training.checkpoint import MARKER, checkpoints, is_complete
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TRAIN = ROOT / "scripts" / "train.py"
+TOGETHER = Path(__file__).parent / "workers" / "run_engines.py"
+"""Several runs, one after the other in the same two processes."""
 STEPS, SAVE = 24, 3
-ENGINES = {"ddp": "DDP", "zero2": "DeepSpeed ZeRO-2", "fsdp2": "FSDP2"}
 TRAINER = {"max_steps": STEPS, "save_steps": SAVE, "logging_steps": SAVE, "lr_scheduler_type": "cosine"}
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "DeepSpeed ZeRO-2": {"deepspeed": str(ROOT / "configs" / "deepspeed" / "zero2.json")},
+    "FSDP2": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
+}
 
 
-def start(config: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+def start(log: Path, program: Path, *configs: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [*LAUNCHER, str(ROOT / "scripts" / "train.py"), str(config), *overrides]
+    command = [*LAUNCHER, str(program), *map(str, configs)]
     with open(log, "wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
@@ -67,30 +75,9 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in json.loads((folder / "history.json").read_text()) if "loss" in row]
 
 
-@pytest.mark.parametrize(
-    "engine, lora, victim",
-    [("ddp", False, "one"), ("zero2", False, "all, amid a save"), ("fsdp2", True, "all, amid a save")],
-)
-def test_killed_run_of_two_processes_ends_as_one_left_alone(
-    run_yaml: Callable[..., Path], tmp_path: Path, engine: str, lora: bool, victim: str
-) -> None:
-    trainer: dict[str, Any] = dict(TRAINER)
-    if engine == "zero2":
-        pytest.importorskip("deepspeed")
-        trainer["deepspeed"] = str(ROOT / "configs" / "deepspeed" / "zero2.json")
-    elif engine == "fsdp2":
-        trainer |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
-    config = run_yaml(
-        stage="masks_and_weights",
-        lora={"rank": 4, "alpha": 8} if lora else None,
-        objective={"lm": 1.0, "kl": 1.0},
-        evaluation={},
-        trainer=trainer,
-    )
-    alone, run, log = tmp_path / "alone", tmp_path / "run", tmp_path / "log"
-    finish(start(config, log, f"output_dir={alone}"), log)
-
-    process = start(config, log, f"output_dir={run}")
+def start_and_kill(config: Path, run: Path, log: Path, amid_a_save: bool) -> None:
+    """One process after a checkpoint, or all of them while they write one."""
+    process = start(log, TRAIN, config)
 
     def saved() -> bool:
         return any(is_complete(path) for path in checkpoints(run))
@@ -100,19 +87,48 @@ def test_killed_run_of_two_processes_ends_as_one_left_alone(
         return saved() and any(not (path / MARKER).exists() for path in newest)
 
     wait_until(process, saved)
-    if victim == "one":
-        kill_one(process)
-    else:
+    if amid_a_save:
         # torchrun gives each worker a session of its own.
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         wait_until(process, saving)
         kill_all(process, family)
-    assert not (run / "artefact").exists()
-    if victim != "one":
         assert not is_complete(checkpoints(run)[-1])
-    finish(start(config, log, f"output_dir={run}"), log)
-    assert f"engine: {ENGINES[engine]}, 2 processes, cpu" in log.read_text()
+    else:
+        kill_one(process)
+    assert not (run / "artefact").exists()
 
+
+def test_killed_runs_of_two_processes_end_as_those_left_alone(
+    run_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each is killed in processes of its own; those left alone share theirs, and so do those that go on."""
+    pytest.importorskip("deepspeed")
+
+    def written(engine: str, name: str) -> Path:
+        values = run_values(
+            stage="masks_and_weights",
+            lora={"rank": 4, "alpha": 8} if engine == "FSDP2" else None,
+            objective={"lm": 1.0, "kl": 1.0},
+            evaluation={},
+            trainer={**TRAINER, **ENGINES[engine]},
+            output_dir=str(tmp_path / engine / name),
+        )
+        path = tmp_path / f"{engine} {name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    log = tmp_path / "log"
+    finish(start(log, TOGETHER, *(written(engine, "alone") for engine in ENGINES)), log)
+    configs = {engine: written(engine, "run") for engine in ENGINES}
+    for engine, config in configs.items():
+        start_and_kill(config, tmp_path / engine / "run", log, amid_a_save=engine != "DDP")
+    finish(start(log, TOGETHER, *configs.values()), log)
+    for engine in ENGINES:
+        assert log.read_text().count(f"engine: {engine}, 2 processes, cpu") == 1
+        check_same_end(tmp_path / engine / "run", tmp_path / engine / "alone", lora=engine == "FSDP2")
+
+
+def check_same_end(run: Path, alone: Path, lora: bool) -> None:
     scores = [load_artefact(folder / "artefact").scores for folder in (alone, run)]
     assert scores[0] is not None and scores[1] is not None and torch.equal(scores[0], scores[1])
     file = Path("artefact") / ("adapter_model.safetensors" if lora else "model.safetensors")

@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sparse_hf.artefact import load_artefact
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.run import run_training
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
+SEVERAL = Path(__file__).parent / "workers" / "run_several.py"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def launch(*arguments: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
-    """Runs scripts/train.py in two processes; a deadlock ends in a failure, with no process left behind."""
+def launch(program: Path, *arguments: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs a program in two processes; a deadlock ends in a failure, with no process left behind."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*LAUNCHER, str(TRAIN), *arguments],
+        [*LAUNCHER, str(program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -44,21 +46,45 @@ def rows(folder: Path, name: str) -> list[float]:
     return [row[name] for row in json.loads((folder / "history.json").read_text()) if name in row]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"stage": "masks", "objective": {"lm": 0.5, "kl": 1.0}},
-        {"stage": "masks_and_weights", "objective": {"lm": 1.0, "kl": 0.5}, "trainer": {"optim": "sgd"}},
-    ],
-    ids=lambda changes: str(changes["stage"]),
-)
-def test_two_processes_equal_one(run_yaml: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]) -> None:
-    config = run_yaml(**changes, evaluation={})
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_training(RunConfig.load(config, [f"output_dir={one}", "trainer.per_device_train_batch_size=2"]))
-    double = launch(str(config), f"output_dir={two}", "--json")
-    assert double.returncode == 0, double.stderr[-2000:]
-    assert json.loads(double.stdout)["artefact"] == str(two / "artefact")  # one process tells, and nothing else
+STAGES: dict[str, dict[str, Any]] = {
+    "masks": {"objective": {"lm": 0.5, "kl": 1.0}},
+    "masks_and_weights": {"objective": {"lm": 1.0, "kl": 0.5}, "trainer": {"optim": "sgd"}},
+}
+
+
+def test_two_processes_equal_one_and_go_on(run_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The second launch goes on with the first one's run, and has another stage's as well."""
+
+    def written(stage: str, name: str) -> str:
+        values = run_values(stage=stage, evaluation={}, output_dir=str(tmp_path / stage / name), **STAGES[stage])
+        path = tmp_path / f"{stage}-{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    for stage in STAGES:
+        run_training(RunConfig.load(written(stage, "one"), ["trainer.per_device_train_batch_size=2"]))
+    configs = {stage: written(stage, "two") for stage in STAGES}
+    masks = tmp_path / "masks" / "two"
+    first = launch(TRAIN, configs["masks"], "--json")
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert json.loads(first.stdout)["artefact"] == str(masks / "artefact")  # one process tells, and nothing else
+    check_equal(tmp_path / "masks")
+    scores = load_artefact(masks / "artefact").scores
+    # Both processes go on from the same checkpoint, and the claim on the folder is one for both.
+    (masks / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
+    shutil.rmtree(masks / "artefact")
+    second = launch(SEVERAL, *configs.values())
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert second.stderr.count("checkpoint-4 is incomplete") == 1
+    resumed = load_artefact(masks / "artefact").scores
+    assert scores is not None and resumed is not None and torch.equal(resumed, scores)
+    check_equal(tmp_path / "masks_and_weights")
+    refused = launch(TRAIN, configs["masks"], "resume=false")
+    assert refused.returncode == 1 and "holds a run already" in refused.stderr
+
+
+def check_equal(folder: Path) -> None:
+    one, two = folder / "one", folder / "two"
     states = sorted(path.name for path in (two / "checkpoint-4").glob("rng_state*"))
     assert states == ["rng_state_0.pth", "rng_state_1.pth"]
     a, b = load_artefact(one / "artefact"), load_artefact(two / "artefact")
@@ -67,18 +93,3 @@ def test_two_processes_equal_one(run_yaml: Callable[..., Path], tmp_path: Path, 
     assert torch.equal(a.head_masks, b.head_masks)
     assert rows(one, "loss") == pytest.approx(rows(two, "loss"), abs=2e-4)
     assert rows(one, "loss/penalty") == pytest.approx(rows(two, "loss/penalty"), abs=1e-5)
-    if changes["stage"] == "masks":
-        check_resuming(str(config), two, b.scores)
-
-
-def check_resuming(config: str, folder: Path, scores: torch.Tensor) -> None:
-    """Both processes go on from the same checkpoint, and the claim on the folder is one for both."""
-    (folder / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
-    shutil.rmtree(folder / "artefact")
-    again = launch(config, f"output_dir={folder}")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert again.stderr.count("checkpoint-4 is incomplete") == 1
-    resumed = load_artefact(folder / "artefact").scores
-    assert resumed is not None and torch.equal(resumed, scores)
-    refused = launch(config, f"output_dir={folder}", "resume=false")
-    assert refused.returncode == 1 and "holds a run already" in refused.stderr

@@ -1,7 +1,7 @@
 """Started by torchrun in two processes: DeepSpeed's sequence parallelism through accelerate under `SparseTrainer`.
 
-Argument: a folder. Prints losses, gradient norms, gates and what was refused as JSON; without torchrun, the same of one
-process without DeepSpeed. Our own exchange runs under each stage of ZeRO, DeepSpeed's under the third.
+Argument: a folder. Prints losses, gradient norms, gates and what was refused as JSON. Our own exchange runs under each
+stage of ZeRO, DeepSpeed's under the third. `train_alone` is the same of one process without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from sparse_hf_training.trainer import SparseTrainer
 
 STREAMING = {"method": "streaming", "num_sink_tokens": 2, "window_size": 6}
 STEPS = 3
+LM = ObjectiveConfig(lm=1.0, kl=0.0)
 
 
 def make_model() -> PreTrainedModel:
@@ -116,25 +117,25 @@ def refused(folder: Path, objective: ObjectiveConfig, stage: int) -> str:
     return ""
 
 
+def train_alone(folder: Path) -> dict[str, list[float]]:
+    return train(make_trainer(folder, LM, None))
+
+
 def main() -> None:
-    folder, parallel = Path(sys.argv[1]), "WORLD_SIZE" in os.environ
-    lm = ObjectiveConfig(lm=1.0, kl=0.0)
-    if not parallel:
-        print(json.dumps({"one": train(make_trainer(folder, lm, None))}))
-        return
+    folder = Path(sys.argv[1])
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
     assert dist.get_world_size() == 2
     own = {}
     for stage in (1, 2, 3):
-        trainer = make_trainer(folder, lm, stage, own=True)
+        trainer = make_trainer(folder, LM, stage, own=True)
         own[f"own, ZeRO-{stage}"] = train(trainer)
         assert trainer.engine.name == f"zero{stage}"
         AcceleratorState._reset_state()
-    refusals = {"zero2": refused(folder, lm, 2)}
+    refusals = {"zero2": refused(folder, LM, 2)}
     AcceleratorState._reset_state()
-    trainer = make_trainer(folder, lm, 3)
+    trainer = make_trainer(folder, LM, 3)
     found = train(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     assert trainer.engine.name == "zero3" and is_sequence_parallel(model)
