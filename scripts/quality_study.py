@@ -69,7 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tune-seq-len", type=int, help="of rows that weights are tuned on; as --train-seq-len")
     parser.add_argument("--samples", type=int, default=200, help="per task")
     parser.add_argument("--rows", type=int, default=32, help="of held text")
-    parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns, and of tuning")
+    parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns")
+    parser.add_argument("--tune-steps", type=int, help="of tuning; as --steps")
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--tune-batch", type=int, help="the same of tuning; --train-batch by default")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
@@ -128,6 +129,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
         tasks=parse_tasks(options.tune_tasks),
         seq_len=tune_seq_len,
         batch_size=options.tune_batch or options.train_batch,
+        max_steps=options.tune_steps or options.steps,
     )
     lab = Lab(
         tokenizer=tokenizer,
