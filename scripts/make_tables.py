@@ -8,6 +8,7 @@ A table stands between one of these lines and `<!-- end -->`; NAME is a file of 
     <!-- table: NAME / TEXT -->     those whose case contains the text
     <!-- grid: NAME / TEXT -->      the cases "TEXT, ROW: COLUMN", by row and column, with their "COLUMN (95% low)"
                                     and "COLUMN (95% high)" in brackets
+    <!-- grid: NAME / TEXT | COLUMN; COLUMN -->    of them these columns alone, in this order
     <!-- source: NAME -->           where its figures come from
 """
 
@@ -73,8 +74,14 @@ def source(rows: list[dict[str, Any]]) -> str:
     return f"{first['hardware']}; {first['software']}; commit {first['commit']}; `{first['command']}`\n"
 
 
-def grid(rows: list[dict[str, Any]], text: str) -> str:
-    """A Markdown table of the figures whose case is "TEXT, ROW: COLUMN"; columns of one unit stand together."""
+def grid(rows: list[dict[str, Any]], chosen: str) -> str:
+    """A Markdown table of the figures whose case is "TEXT, ROW: COLUMN"; columns of one unit stand together, unless
+    they are named in `chosen`, "TEXT | COLUMN; COLUMN".
+
+    Raises:
+        ValueError: if no figure is of a column that is named.
+    """
+    text, _, named = chosen.partition(" | ")
     cells: dict[str, dict[str, str]] = {}
     columns: dict[str, str] = {}
     values = {row["case"]: row["value"] for row in rows}
@@ -87,7 +94,9 @@ def grid(rows: list[dict[str, Any]], text: str) -> str:
             cells.setdefault(name, {})[column] = number(row["value"], row["unit"]) + bound + interval
             columns[column] = row["unit"]
     units = list(dict.fromkeys(columns.values()))
-    ordered = sorted(columns, key=lambda column: units.index(columns[column]))
+    ordered = named.split("; ") if named else sorted(columns, key=lambda column: units.index(columns[column]))
+    if unknown := [column for column in ordered if column not in columns]:
+        raise ValueError(f"no figure of {text!r} is of {', '.join(unknown)}; there are {', '.join(columns)}")
     lines = [
         f"| | {' | '.join(f'{column}, {columns[column]}' for column in ordered)} |",
         "|---" * (len(ordered) + 1) + "|",

@@ -216,6 +216,11 @@ def test_a_run_leaves_what_a_table_shows(
     assert text.splitlines()[1] == "| | density, % | time, ms | selection alone, ms | speed-up over SDPA cuDNN, ratio |"
     assert "| SDPA cuDNN | 100.00 | 1.000 |  | 1.000 |" in text
     assert f"| streaming | {rows_value(rows, 'streaming: density'):.2f} | 0.250 |  | 4.000 |" in text
+    some = "<!-- grid: methods / prefill of 1000 tokens | time; density -->\n<!-- end -->"
+    text = make_tables().render(some, tmp_path)
+    assert text.splitlines()[1] == "| | time, ms | density, % |" and "| SDPA cuDNN | 1.000 | 100.00 |" in text
+    with pytest.raises(ValueError, match="is of speed; there are density"):
+        make_tables().render(some.replace("time;", "speed;"), tmp_path)
 
 
 def rows_value(rows: Sequence[Mapping[str, float]], end: str) -> float:
