@@ -17,8 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_hf_kernels.kv_cache.parts import NEVER, leave, merge
 from sparse_hf_kernels.kv_cache.shares import (
-    blocks_of, holder, pick, pick_all, read_state, read_table, share_out, slots_of
-)  # fmt: skip
+    blocks_of,
+    holder,
+    pick,
+    pick_all,
+    read_state,
+    read_table,
+    share_out,
+    slots_of,
+)
 from sparse_hf_kernels.kv_cache.store_kernel import quantized
 
 LARGEST_DISTANCE = tl.constexpr(2**30)
