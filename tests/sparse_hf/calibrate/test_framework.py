@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from sparse_hf import load_artefact, sparsify, unsparsify
 from sparse_hf.calibrate.framework import REPORT_FILE, STATISTICS_FILE, Calibrator, Target, calibrate, steps_done
 from sparse_hf.calibrate.registry import available_calibrators, calibrator_class
 from sparse_hf.calibrate.text import CalibrationText, demo_text, load_sequences
-from sparse_hf.cli import main
 
 OPTIONS = {
     "xattention": {"block_size": 64, "target_density": 0.5, "num_steps": 3, "num_rows": 16},
@@ -196,21 +194,6 @@ def test_bad_text_says_what_to_do(tokenizer: PreTrainedTokenizerFast, words_file
 # the command
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparse-hf", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize("name", METHODS)
