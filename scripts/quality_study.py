@@ -46,6 +46,13 @@ BRANCHES = ("streaming", "triangle", "xattention")
 TASKS = "needle,key_value,chain,niah_multikey_2,two_turns"
 TRAIN_TASKS = "needle,key_value,chain"
 TUNE_TASKS = f"{TRAIN_TASKS},niah_multikey_2"
+AS_OTHERS = {
+    "train_window": "window",
+    "tune_seq_len": "train_seq_len",
+    "tune_steps": "steps",
+    "tune_batch": "train_batch",
+}
+"""Options that are as others where they are not given."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -65,14 +72,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tune-tasks", default=TUNE_TASKS, help="that weights are tuned on")
     parser.add_argument("--seq-len", type=int, default=2048, help="of samples and rows that are measured")
     parser.add_argument("--train-seq-len", type=int, default=1024, help="of rows that recipes learn heads from")
-    parser.add_argument("--train-window", type=int, help="while they do; --window by default")
+    parser.add_argument("--train-window", type=int, help="while they do; as --window")
     parser.add_argument("--tune-seq-len", type=int, help="of rows that weights are tuned on; as --train-seq-len")
     parser.add_argument("--samples", type=int, default=200, help="per task")
     parser.add_argument("--rows", type=int, default=32, help="of held text")
     parser.add_argument("--steps", type=int, default=120, help="of every recipe that learns")
     parser.add_argument("--tune-steps", type=int, help="of tuning; as --steps")
     parser.add_argument("--train-batch", type=int, default=1, help="rows of a step")
-    parser.add_argument("--tune-batch", type=int, help="the same of tuning; --train-batch by default")
+    parser.add_argument("--tune-batch", type=int, help="the same of tuning; as --train-batch")
     parser.add_argument("--batch-size", type=int, default=8, help="samples answered side by side")
     parser.add_argument("--answers", choices=get_args(Answers), help="default: forward for streaming heads")
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
@@ -83,7 +90,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, default=Path("runs/quality_study"), help="folder of measured cells")
     parser.add_argument("--overwrite", action="store_true", help="forget cells of other settings")
     parser.add_argument("--out", type=Path, required=True, help="folder of the figures")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, other in AS_OTHERS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(options, other))
+    return options
 
 
 def branch(options: argparse.Namespace, window_size: int) -> Method:
@@ -113,7 +124,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
     bench = Bench(
         load=partial(load_model, options.model),
         tokenizer=tokenizer,
-        branch=branch(options, options.train_window or options.window),
+        branch=branch(options, options.train_window),
         filler=Filler.from_texts(train, tokenizer),
         rows=packed_rows(train, tokenizer, options.train_seq_len),
         tasks=parse_tasks(options.train_tasks),
@@ -121,15 +132,14 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
         batch_size=options.train_batch,
         max_steps=options.steps,
     )
-    tune_seq_len = options.tune_seq_len or options.train_seq_len
     tuning = replace(
         bench,
         branch=branch(options, options.window),
-        rows=packed_rows(train, tokenizer, tune_seq_len),
+        rows=packed_rows(train, tokenizer, options.tune_seq_len),
         tasks=parse_tasks(options.tune_tasks),
-        seq_len=tune_seq_len,
-        batch_size=options.tune_batch or options.train_batch,
-        max_steps=options.tune_steps or options.steps,
+        seq_len=options.tune_seq_len,
+        batch_size=options.tune_batch,
+        max_steps=options.tune_steps,
     )
     lab = Lab(
         tokenizer=tokenizer,
