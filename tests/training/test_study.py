@@ -300,7 +300,7 @@ def test_processes_side_by_side_find_what_one_finds(load: Load, tmp_path: Path) 
     assert len(scores) == 2, "both rank once for both sparsities"
 
 
-def test_no_two_processes_rank_the_same_heads() -> None:
+def test_no_two_processes_do_the_same() -> None:
     units = list(
         Plan(recipes=("gates", "ablation", "uniform_window"), sparsities=(0.5, 0.75), stages=("masks",)).units()
     )
@@ -314,11 +314,18 @@ def test_no_two_processes_rank_the_same_heads() -> None:
         def has_scores(self, unit: Unit) -> bool:
             return unit.recipe == "uniform_window" or unit.scores in known
 
+        def cells(self, unit: Unit) -> str:
+            return f"{unit.head_sparsity}, {'window' if unit.recipe == 'uniform_window' else 'equal masks'}"
+
     waiting, running = list(units), dict[Any, Unit]()
     call = (Known(), Pool(), len(units), waiting, running, None, lambda unit, what: None)
     side_by_side._submit(*call)  # type: ignore[arg-type]
     assert {unit.variant for unit in waiting} == {f"ablation, 75% sparse, seed {n}, masks" for n in range(3)}
     known.add("ablation, seed 1")
+    side_by_side._submit(*call)  # type: ignore[arg-type]
+    assert [unit.seed for unit in waiting] == [0, 2]
+    # Its other sparsity has its heads; they are those of seed 1, which are being measured.
+    known.add("ablation, seed 2")
     side_by_side._submit(*call)  # type: ignore[arg-type]
     assert [unit.seed for unit in waiting] == [0, 2]
     late = (*call[:5], 0.0, call[6])

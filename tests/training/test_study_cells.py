@@ -106,10 +106,14 @@ def test_equal_masks_are_measured_once(
     differing = [study.measure(unit(name, 0.75)) for name in ("ablation", "random")]
     assert len(measured) == 3 and differing[0].text != differing[1].text
     assert differing[0].footprint.held == differing[1].footprint.held < one.footprint.held
-    # A window on all heads, and weights that are tuned, are none of a ranking's masks alone.
+    # A window on all heads, and weights that are tuned, are none of a ranking's masks alone. From the same seed weights
+    # are tuned on the same rows.
     window = study.measure(unit("uniform_window"))
     tuned = [study.measure(unit(name, stage="masks_and_weights")) for name in ("ablation", "random")]
-    assert len(measured) == 6 and window.text != one.text != tuned[0].text
+    assert len(measured) == 5 and window.text != one.text != tuned[0].text
+    assert replace(tuned[1], name=tuned[0].name) == tuned[0]
+    other_seed = study.measure(replace(unit("ablation", stage="masks_and_weights"), seed=1))
+    assert len(measured) == 6 and other_seed.text != tuned[0].text
     again = Study(bench, lab, plan, tmp_path)
     assert [again.measure(unit(name)) for name in ("ablation", "random", "uniform_window")] == [one, other, window]
     assert [again.measure(unit(name, stage="masks_and_weights")) for name in ("ablation", "random")] == tuned

@@ -82,15 +82,20 @@ def _submit(
     deadline: float | None,
     progress: Callable[[Unit | None, str], None],
 ) -> None:
-    """Gives every idle process a unit, but none whose heads another process is still ranking."""
+    """Gives every idle process a unit, but none that would do what another process is doing."""
     while len(running) < jobs and (deadline is None or time.monotonic() < deadline):
-        ranking = {unit.scores for unit in running.values() if not study.has_scores(unit)}
-        unit = next((unit for unit in waiting if unit.scores not in ranking), None)
+        doing = {_does(study, unit) for unit in running.values()}
+        unit = next((unit for unit in waiting if _does(study, unit) not in doing), None)
         if unit is None:
             return
         waiting.remove(unit)
         progress(unit, "begins")
         running[pool.submit(_measure, unit)] = unit
+
+
+def _does(study: Study, unit: Unit) -> str:
+    """What a unit still has to do first: its heads' scores, else its cells, which units with equal masks share."""
+    return study.cells(unit) if study.has_scores(unit) else unit.scores
 
 
 def _begin(make: Callable[[], Study], places: Any, threads: int) -> None:

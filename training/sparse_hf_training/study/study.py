@@ -56,7 +56,7 @@ class Unit:
 
 
 def masks_variant(masks: Tensor) -> str:
-    """Names the cells of head masks on the weights as they are: the same for whoever found the masks."""
+    """Spells head masks: the same for whoever found them."""
     full = " ".join(f"{layer}.{head}" for layer, head in masks.nonzero().tolist()) or "none"
     if len(full) > LONGEST_MASKS:
         full = f"{int(masks.sum())} of digest {hashlib.sha256(full.encode()).hexdigest()[:16]}"
@@ -144,12 +144,14 @@ class Study:
             **self.bench.settings("train"),
         }
 
-    def _cells(self, unit: Unit) -> str:
-        """Under which name the store keeps what is measured of a unit: tuned weights also depend on their training."""
+    def cells(self, unit: Unit) -> str:
+        """Under which name the store keeps what is measured of a unit whose heads are ranked: the same for whoever
+        found equal masks. Tuned weights also depend on their training, and on its seed."""
+        name = unit.variant if unit.recipe == UNIFORM_WINDOW else masks_variant(self.masks(unit))
         if unit.stage == "masks":
-            return unit.variant
+            return name
         tuning = {**self.tuning.settings("tune"), "rate": self.plan.tune_rate, "share": self.plan.tune_recall_share}
-        return f"{unit.variant}, tuning {hashlib.sha256(json.dumps(tuning).encode()).hexdigest()[:16]}"
+        return f"{name}, seed {unit.seed}, tuning {hashlib.sha256(json.dumps(tuning).encode()).hexdigest()[:16]}"
 
     def run(
         self,
@@ -184,13 +186,12 @@ class Study:
         self, unit: Unit, progress: Callable[[Unit | None, str], None] = lambda unit, what: None
     ) -> VariantResult:
         """All cells of a unit, from the store or measured now; equal masks on the same weights share theirs."""
-        step, cells = self._step(unit, progress), self._cells(unit)
-        if unit.stage == "masks" and unit.recipe != UNIFORM_WINDOW:
-            progress(unit, "heads")
-            return replace(self._measure_masks(self.masks(unit), step), name=unit.variant)
+        progress(unit, "heads")
+        cells, step = self.cells(unit), self._step(unit, progress)
         if self.lab.complete(cells, self.store):
             return replace(self.lab.measure(self.model, cells, self.store, step), name=unit.variant)
-        progress(unit, "heads")
+        if unit.stage == "masks" and unit.recipe != UNIFORM_WINDOW:
+            return replace(self._measure_masks(self.masks(unit), cells, step), name=unit.variant)
         if unit.recipe == UNIFORM_WINDOW:
             model = self._uniform_window(unit)
         else:
@@ -201,10 +202,10 @@ class Study:
             self._tune(model, unit)
         return replace(self.lab.measure(model, cells, self.store, step), name=unit.variant)
 
-    def _measure_masks(self, masks: Tensor, step: Progress) -> VariantResult:
+    def _measure_masks(self, masks: Tensor, cells: str, step: Progress) -> VariantResult:
         set_head_masks(self.model, masks)
         try:
-            return self.lab.measure(self.model, masks_variant(masks), self.store, step)
+            return self.lab.measure(self.model, cells, self.store, step)
         finally:
             set_head_masks(self.model, torch.ones_like(masks))
 
