@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,7 +307,7 @@ def test_no_two_processes_do_the_same() -> None:
     )
     known: set[str] = set()
 
-    class Pool:
+    class Idle:
         def submit(self, call: Any, unit: Unit) -> Any:
             return Future()
 
@@ -317,8 +318,8 @@ def test_no_two_processes_do_the_same() -> None:
         def cells(self, unit: Unit) -> str:
             return f"{unit.head_sparsity}, {'window' if unit.recipe == 'uniform_window' else 'equal masks'}"
 
-    waiting, running = list(units), dict[Any, Unit]()
-    call = (Known(), Pool(), len(units), waiting, running, None, lambda unit, what: None)
+    waiting, running = list(units), dict[Any, Any]()
+    call = (Known(), [Idle() for _ in units], waiting, running, None, lambda unit, what: None)
     side_by_side._submit(*call)  # type: ignore[arg-type]
     assert {unit.variant for unit in waiting} == {f"ablation, 75% sparse, seed {n}, masks" for n in range(3)}
     known.add("ablation, seed 1")
@@ -328,10 +329,29 @@ def test_no_two_processes_do_the_same() -> None:
     known.add("ablation, seed 2")
     side_by_side._submit(*call)  # type: ignore[arg-type]
     assert [unit.seed for unit in waiting] == [0, 2]
-    late = (*call[:5], 0.0, call[6])
+    late = (*call[:4], 0.0, call[5])
     known.update({"ablation, seed 0"})
     side_by_side._submit(*late)  # type: ignore[arg-type]
     assert len(waiting) == 2, "nothing begins after the deadline"
+
+
+def gpu_at_birth(unit: Any) -> str | None:
+    """`CUDA_VISIBLE_DEVICES` as it was when this process began."""
+    born = Path("/proc/self/environ").read_bytes().split(b"\0")
+    found = dict(entry.decode().split("=", 1) for entry in born if b"=" in entry)
+    return found.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_processes_are_born_with_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later is too late: what they import looks for GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    workers = [side_by_side.Worker(place, int) for place in ("3", "5")]
+    try:
+        assert [worker.submit(gpu_at_birth, None).result() for worker in workers] == ["3", "5"]  # type: ignore[arg-type]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+    finally:
+        for worker in workers:
+            worker.pool.shutdown()
 
 
 def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

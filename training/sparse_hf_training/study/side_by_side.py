@@ -53,44 +53,72 @@ def run_side_by_side(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be 1 or more, got {jobs}")
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    places: Any = context.SimpleQueue()
-    for place in devices(jobs):
-        places.put(place)
     make = partial(Study, study.bench, study.lab, study.plan, study.store.folder, tuning=study.tuning)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(make, places, threads))
+    workers = [Worker(place, _begin, make, threads) for place in devices(jobs)]
     try:
-        waiting, running = list(study.plan.units()), dict[Future[VariantResult], Unit]()
-        _submit(study, pool, jobs, waiting, running, deadline, progress)
+        waiting, running = list(study.plan.units()), dict[Future[VariantResult], tuple[Unit, Worker]]()
+        _submit(study, workers, waiting, running, deadline, progress)
         yield None, study.measure_dense(progress)
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield running.pop(future), future.result()
-            _submit(study, pool, jobs, waiting, running, deadline, progress)
+                unit, worker = running.pop(future)
+                workers.append(worker)
+                yield unit, future.result()
+            _submit(study, workers, waiting, running, deadline, progress)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in [*workers, *(worker for _, worker in running.values())]:
+            worker.pool.shutdown(cancel_futures=True)
+
+
+class Worker:
+    """A process with one GPU.
+
+    Args:
+        place: the GPU, as `CUDA_VISIBLE_DEVICES` names it; None where there is none.
+        begin: called in the process with `arguments`, before all else.
+    """
+
+    def __init__(self, place: str | None, begin: Callable[..., None], *arguments: Any) -> None:
+        self.place = place
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin, initargs=arguments)
+
+    def submit(self, call: Callable[[Unit], VariantResult], unit: Unit) -> Future[VariantResult]:
+        """The process starts with the first call. It has to be born with its GPU: libraries that it imports look for
+        GPUs, and the first look counts for good."""
+        if self.place is None:
+            return self.pool.submit(call, unit)
+        before = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = self.place
+        try:
+            return self.pool.submit(call, unit)
+        finally:
+            if before is None:
+                del os.environ[VISIBLE]
+            else:
+                os.environ[VISIBLE] = before
 
 
 def _submit(
     study: Study,
-    pool: ProcessPoolExecutor,
-    jobs: int,
+    idle: list[Worker],
     waiting: list[Unit],
-    running: dict[Future[VariantResult], Unit],
+    running: dict[Future[VariantResult], tuple[Unit, Worker]],
     deadline: float | None,
     progress: Callable[[Unit | None, str], None],
 ) -> None:
     """Gives every idle process a unit, but none that would do what another process is doing."""
-    while len(running) < jobs and (deadline is None or time.monotonic() < deadline):
-        doing = {_does(study, unit) for unit in running.values()}
+    while idle and (deadline is None or time.monotonic() < deadline):
+        doing = {_does(study, unit) for unit, _ in running.values()}
         unit = next((unit for unit in waiting if _does(study, unit) not in doing), None)
         if unit is None:
             return
         waiting.remove(unit)
         progress(unit, "begins")
-        running[pool.submit(_measure, unit)] = unit
+        worker = idle.pop(0)
+        running[worker.submit(_measure, unit)] = unit, worker
 
 
 def _does(study: Study, unit: Unit) -> str:
@@ -98,11 +126,7 @@ def _does(study: Study, unit: Unit) -> str:
     return study.cells(unit) if study.has_scores(unit) else unit.scores
 
 
-def _begin(make: Callable[[], Study], places: Any, threads: int) -> None:
-    """In a new process, before anything there asks for a GPU."""
-    place = places.get()
-    if place is not None:
-        os.environ[VISIBLE] = place
+def _begin(make: Callable[[], Study], threads: int) -> None:
     torch.set_num_threads(threads)
     _studies.append(make())
 
