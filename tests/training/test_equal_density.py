@@ -121,7 +121,7 @@ def test_the_worst_task_by_hand() -> None:
     dense = {"one": (True,) * 4, "two": (True, True, True, False), "hard": (False, False, True, False)}
     found = {"one": (True, True, True, False), "two": (True, False, False, False)}
     assert answered_by_dense(dense) == ["one", "two"] and worst_task(found, dense) == ("two", -0.5)
-    values = {figure.case: figure for figure in recall_figures("t", found, {name: dense[name] for name in found})}
+    values = {figure.case: figure for figure in recall_figures("t", [found], {name: dense[name] for name in found})}
     assert values["t: recall"].value == 4 / 8 and values["t: recall"].baseline == 7 / 8
     assert values["t: recall (95% low)"].value == wilson_interval(4, 8)[0]
     assert values["t: worst task, change"].value == -0.5

@@ -22,6 +22,7 @@ from sparse_hf_training.data import PackedTextDataset, pack_documents, text_docu
 from sparse_hf_training.evaluation.footprint import Footprint
 from sparse_hf_training.evaluation.lab import Lab
 from sparse_hf_training.evaluation.losses import TextLoss
+from sparse_hf_training.evaluation.statistics import design_effect, paired_difference_interval, wilson_interval
 from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.figures import study_figures
@@ -212,13 +213,51 @@ def test_the_store_keeps_what_a_ranking_cost(bench: Bench, lab: Lab, tmp_path: P
         study.masks(unit("uniform_window"))
 
 
-def test_figures_hold_the_mean_cost_of_the_seeds() -> None:
-    result = VariantResult(
+def result_of(**exact: tuple[bool, ...]) -> VariantResult:
+    """Of these tasks' outcomes, all else alike."""
+    return VariantResult(
         name="any",
-        tasks=(TaskOutcome(task="own", exact=(True, True), depths=(0.5, 0.5), answer_losses=(1.0, 1.0), seconds=1.0),),
+        tasks=tuple(
+            TaskOutcome(task=name, exact=each, depths=(), answer_losses=(), seconds=1.0) for name, each in exact.items()
+        ),
         text=TextLoss(rows=(2.0,), edges=(0, 1), bins=(2.0,)),
         footprint=Footprint(tokens=(1,), kv_bytes=(8,), prefill_density=1.0, decode_density=1.0),
     )
+
+
+def test_intervals_are_over_the_samples_that_all_seeds_answer() -> None:
+    yes, no = True, False
+    dense = result_of(easy=(yes,) * 4, hard=(yes, yes, yes, no), failed=(no, no, no, yes))
+    seeds = [
+        result_of(easy=(yes, yes, yes, no), hard=hard, failed=(yes,) * 4)
+        for hard in ((yes, no, no, no), (yes, yes, no, no), (no, no, no, yes))
+    ]
+
+    def figures(results: list[VariantResult]) -> dict[str, float]:
+        units = {replace(unit("random"), seed=seed): result for seed, result in enumerate(results)}
+        rows = study_figures(dense, units, dict.fromkeys(units))
+        return {row.case.removeprefix("masks only, 50% sparse, random: "): row.value for row in rows}
+
+    def ends(found: dict[str, float], column: str) -> tuple[float, float]:
+        return found[f"{column} (95% low)"], found[f"{column} (95% high)"]
+
+    found, runs = figures(seeds), [result.tasks[0].exact + result.tasks[1].exact for result in seeds]
+    effect = design_effect(runs)
+    assert 1 < effect < 3 and found["recall"] == 13 / 24 and found["recall hard"] == 4 / 12
+    assert ends(found, "recall") == wilson_interval(13 / effect, 24 / effect)
+    assert found["worst task, change"] == 4 / 12 - 3 / 4
+    hard = [right for result in seeds for right in result.tasks[1].exact]
+    low, high = paired_difference_interval(hard, [yes, yes, yes, no] * 3, num_runs=3)
+    assert ends(found, "worst task, change") == (low, high)
+    pooled = paired_difference_interval(hard, [yes, yes, yes, no] * 3)
+    assert low < pooled[0] and high > pooled[1]
+    # Seeds that found the same heads say what one says.
+    one, same = figures(seeds[:1]), figures(seeds[:1] * 3)
+    assert one.pop("seeds") == 1 and same.pop("seeds") == 3 and one == same
+
+
+def test_figures_hold_the_mean_cost_of_the_seeds() -> None:
+    result = result_of(own=(True, True))
     units = [replace(unit("random"), seed=seed) for seed in range(2)] + [unit("uniform_window")]
     costs = {each: Ranking(scores=torch.ones(1, 1), tokens=10**6 * (1 + each.seed), seconds=3.0) for each in units[:2]}
     rows = study_figures(result, dict.fromkeys(units, result), {**costs, units[2]: None})

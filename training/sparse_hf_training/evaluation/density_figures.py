@@ -42,7 +42,7 @@ def density_figures(dense: MethodQuality, points: Iterable[DensityPoint], seq_le
             _figure(f"{title}: density", 100 * point.quality.density, "%", lower=True, baseline=100.0),
             _figure(f"{title}: density of calibration", 100 * point.calibrated, "%", lower=True, baseline=100.0),
             _figure(f"{title}: loss, increase", increase, "%", lower=True, baseline=0.0),
-            *recall_figures(title, {name: found[name] for name in names}, base),
+            *recall_figures(title, [{name: found[name] for name in names}], base),
         ]
     return figures
 

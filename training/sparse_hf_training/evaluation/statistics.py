@@ -4,6 +4,9 @@ Dense and sparse answer the same samples, so what they are compared by is paired
 looks at the samples where the two differ and assumes nothing of how hard samples are, and Newcombe's score interval of
 the difference, which keeps a width where both are perfect (a bootstrap of 200 equal outcomes has none). Losses are no
 counts; they have a bootstrap over rows.
+
+Several runs that answer the same samples give fewer independent outcomes than they give outcomes. Counts of theirs are
+divided by a design effect before an interval is formed, which makes fractions of them.
 """
 
 from __future__ import annotations
@@ -19,8 +22,37 @@ NORMAL_95 = 1.959964
 Interval = tuple[float, float]
 
 
-def wilson_interval(num_exact: int, num_samples: int) -> Interval:
+def design_effect(runs: Sequence[Sequence[float]]) -> float:
+    """How many outcomes of several runs on the same samples tell as much as one independent outcome (Rao & Scott 1992).
+
+    The variance of the mean with samples as clusters, one outcome of each run in a cluster, over what it would be were
+    all outcomes independent: 1 if runs agree by chance alone, `num_runs` if they agree on every sample. It is held
+    between these two. The variance between samples is Rao and Scott's, with num_samples / (num_samples - 1); that of
+    all outcomes is divided by their number, as p(1 - p) is. Where nothing varies, or there is but one sample, nothing
+    tells how far runs agree: `num_runs`, as if they were one.
+
+    Args:
+        runs: [num_runs][num_samples] outcomes, 0 or 1, or differences of two of them.
+
+    Raises:
+        ValueError: if the runs are not of the same samples, or there are none.
+    """
+    num_samples = {len(run) for run in runs}
+    if len(num_samples) != 1 or 0 in num_samples:
+        raise ValueError(f"runs must answer the same samples, got {[len(run) for run in runs]} of them")
+    values = np.asarray(runs, dtype=np.float64)
+    count, independent = values.shape[1], values.var()
+    if count == 1 or independent == 0:
+        return float(len(runs))
+    effect = len(runs) * values.mean(0).var(ddof=1) / independent
+    return min(max(float(effect), 1.0), float(len(runs)))
+
+
+def wilson_interval(num_exact: float, num_samples: float) -> Interval:
     """95% interval of a share (Wilson 1927, score interval): right at 0 and 1, too, where the normal one has no width.
+
+    Args:
+        num_exact, num_samples: counts, of several runs on the same samples both divided by their `design_effect`.
 
     Raises:
         ValueError: without samples.
@@ -54,10 +86,22 @@ def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_difference_interval(one: Sequence[bool], other: Sequence[bool]) -> Interval:
-    """95% interval of share(one) - share(other) on the same samples (Newcombe 1998, hybrid score interval 10)."""
-    both, only_one, only_other, neither = paired_counts(one, other)
-    count = len(one)
+def paired_difference_interval(one: Sequence[bool], other: Sequence[bool], *, num_runs: int = 1) -> Interval:
+    """95% interval of share(one) - share(other) on the same samples (Newcombe 1998, hybrid score interval 10).
+
+    Args:
+        one, other: outcomes; those of several runs on the same samples one after the other.
+        num_runs: how many these are. Counts are divided by the `design_effect` of their differences.
+
+    Raises:
+        ValueError: as `paired_counts`, or if outcomes are not of `num_runs` runs.
+    """
+    counts = paired_counts(one, other)
+    if len(one) % num_runs:
+        raise ValueError(f"outcomes are of {num_runs} runs on the same samples, got {len(one)}; give as many of each")
+    effect = design_effect(np.subtract(one, other, dtype=np.float64).reshape(num_runs, -1).tolist())
+    both, only_one, only_other, neither = (number / effect for number in counts)
+    count = len(one) / effect
     p1, p2 = (both + only_one) / count, (both + only_other) / count
     (low1, high1), (low2, high2) = (wilson_interval(n, count) for n in (both + only_one, both + only_other))
     margins = (both + only_one) * (only_other + neither) * (both + only_other) * (only_one + neither)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from sparse_hf.figures import Figure
 from sparse_hf_training.evaluation.report import MIN_DENSE
-from sparse_hf_training.evaluation.statistics import paired_difference_interval, wilson_interval
+from sparse_hf_training.evaluation.statistics import design_effect, paired_difference_interval, wilson_interval
 
 Outcomes = Mapping[str, Sequence[bool]]
 """Task -> whether each sample was answered."""
@@ -34,15 +34,22 @@ def worst_task(found: Outcomes, dense: Outcomes) -> tuple[str, float]:
     return worst, changes[worst]
 
 
-def recall_figures(title: str, found: Outcomes, dense: Outcomes) -> list[Figure]:
+def recall_figures(title: str, runs: Sequence[Outcomes], dense: Outcomes) -> list[Figure]:
     """Recall over all tasks, the worst task's change from dense, each with its 95% interval, and each task's recall.
+
+    Shares are of all runs. Intervals are over samples, those of different tasks taken as drawn from one population: a
+    sample that several runs answered counts as one to `num_runs` independent ones, by their `design_effect`.
 
     Args:
         title: what cases begin with.
-        found: of the tasks to compare.
-        dense: the same tasks on the same samples, in the same order.
+        runs: one for each seed, all of the tasks to compare, on the same samples in the same order.
+        dense: these tasks on the same samples, one run.
+
+    Raises:
+        ValueError: if runs and dense are not of the same samples.
     """
     figures: list[Figure] = []
+    found = {name: [right for run in runs for right in run[name]] for name in runs[0]}
 
     def add(column: str, value: float, baseline: float | None = None) -> None:
         case = f"{title}: {column}"
@@ -55,10 +62,12 @@ def recall_figures(title: str, found: Outcomes, dense: Outcomes) -> list[Figure]
     shares = {name: sum(dense[name]) / len(dense[name]) for name in found}
     every = [right for exact in found.values() for right in exact]
     add("recall", sum(every) / len(every), sum(shares.values()) / len(shares))
-    ends("recall", wilson_interval(sum(every), len(every)))
+    effect = design_effect([[right for name in found for right in run[name]] for run in runs])
+    ends("recall", wilson_interval(sum(every) / effect, len(every) / effect))
     worst, change = worst_task(found, dense)
     add("worst task, change", change, 0.0)
-    ends("worst task, change", paired_difference_interval(found[worst], dense[worst]))
+    beside = [*dense[worst]] * len(runs)
+    ends("worst task, change", paired_difference_interval(found[worst], beside, num_runs=len(runs)))
     for name, exact in found.items():
         add(f"recall {name}", sum(exact) / len(exact), shares[name])
     return figures

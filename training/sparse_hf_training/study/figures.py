@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from sparse_hf.figures import Figure
 from sparse_hf_training.evaluation.variant import VariantResult
-from sparse_hf_training.evaluation.worst_task import answered_by_dense, recall_figures
+from sparse_hf_training.evaluation.worst_task import Outcomes, answered_by_dense, recall_figures
 from sparse_hf_training.study.ranking import Ranking
-from sparse_hf_training.study.study import Unit, pooled
+from sparse_hf_training.study.study import Unit
 
 STAGE_TITLES = {"masks": "masks only", "masks_and_weights": "masks and weights"}
 
@@ -20,8 +20,8 @@ def study_figures(
     took to rank the heads.
 
     Tasks that dense fails are left out. A case reads "masks only, 75% sparse, RECIPE: COLUMN", as
-    `scripts/make_tables.py` wants it for a grid. Intervals are over the samples of all seeds; the lowest seed stands
-    beside them, since samples do not tell how seeds differ.
+    `scripts/make_tables.py` wants it for a grid. Intervals are over samples, each of which all seeds answer
+    (`recall_figures`); the lowest seed stands beside them, since samples do not tell how another seed would differ.
 
     Args:
         dense: what all are compared with.
@@ -31,7 +31,7 @@ def study_figures(
     Raises:
         ValueError: if dense fails every task.
     """
-    names = answered_by_dense(pooled([dense]))
+    names = answered_by_dense(_outcomes(dense))
     groups: dict[tuple[str, float, str], list[Unit]] = {}
     for unit in found:
         groups.setdefault((unit.stage, unit.head_sparsity, unit.recipe), []).append(unit)
@@ -62,10 +62,9 @@ def _cost_figures(title: str, rankings: Sequence[Ranking]) -> list[Figure]:
 def _recipe_figures(
     title: str, dense: VariantResult, results: Sequence[VariantResult], names: Sequence[str]
 ) -> list[Figure]:
-    outcomes = {name: exact for name, exact in pooled(results).items() if name in names}
+    outcomes = [{name: _outcomes(result)[name] for name in names} for result in results]
     base = {task.task: task for task in dense.tasks if task.task in names}
-    # The same dense samples beside each seed's.
-    figures = recall_figures(title, outcomes, {name: task.exact * len(results) for name, task in base.items()})
+    figures = recall_figures(title, outcomes, _outcomes(dense))
 
     def add(column: str, value: float, unit: str, *, lower: bool = False, baseline: float | None = None) -> None:
         figures.append(
@@ -87,3 +86,7 @@ def _recipe_figures(
         differing = sum(task.num_differing for result in results for task in result.tasks)
         add("of them, other answers", float(differing), "count", lower=True, baseline=0.0)
     return figures
+
+
+def _outcomes(result: VariantResult) -> Outcomes:
+    return {task.task: task.exact for task in result.tasks}

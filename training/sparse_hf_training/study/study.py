@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -259,12 +259,3 @@ class Study:
             learning_rate=self.plan.tune_rate,
         )
         model.to(dtype)  # type: ignore[arg-type]
-
-
-def pooled(results: Sequence[VariantResult]) -> dict[str, tuple[bool, ...]]:
-    """Each task's outcomes over the seeds of a recipe, one after the other."""
-    found: dict[str, tuple[bool, ...]] = {}
-    for result in results:
-        for task in result.tasks:
-            found[task.task] = found.get(task.task, ()) + task.exact
-    return found
