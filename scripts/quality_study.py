@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tune-rate", type=float, default=Plan.tune_rate)
     parser.add_argument("--tune-recall-share", type=float, default=Plan.tune_recall_share, help="the rest is text")
     parser.add_argument("--jobs", type=int, default=1, help="units measured side by side, spread over the GPUs")
-    parser.add_argument("--budget-minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--budget-minutes", type=float, help="measure nothing new after so long")
     parser.add_argument("--name", default="quality_study", help="of the file of figures")
     parser.add_argument("--cells", type=Path, default=Path("runs/quality_study"), help="folder of measured cells")
     parser.add_argument("--overwrite", action="store_true", help="forget cells of other settings")

@@ -44,7 +44,7 @@ def run_side_by_side(
     Args:
         study: this process's, which measures dense; the others get what it is made of.
         jobs: processes besides this one.
-        deadline: of `time.monotonic`; no unit begins after it.
+        deadline: of `time.monotonic`; after it come only units that are measured already.
         progress: called with each unit when it begins.
 
     Raises:
@@ -110,9 +110,11 @@ def _submit(
     progress: Callable[[Unit | None, str], None],
 ) -> None:
     """Gives every idle process a unit, but none that would do what another process is doing."""
-    while idle and (deadline is None or time.monotonic() < deadline):
+    while idle:
         doing = {_does(study, unit) for unit, _ in running.values()}
-        unit = next((unit for unit in waiting if _does(study, unit) not in doing), None)
+        late = deadline is not None and time.monotonic() >= deadline
+        free = (unit for unit in waiting if _does(study, unit) not in doing)
+        unit = next((unit for unit in free if not late or study.is_measured(unit)), None)
         if unit is None:
             return
         waiting.remove(unit)

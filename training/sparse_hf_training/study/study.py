@@ -159,7 +159,7 @@ class Study:
         deadline: float | None = None,
         progress: Callable[[Unit | None, str], None] = lambda unit, what: None,
     ) -> Iterator[tuple[Unit | None, VariantResult]]:
-        """Dense first, as None, then unit after unit; ends before a unit that would begin after the deadline.
+        """Dense first, as None, then unit after unit; after the deadline only those that are measured already.
 
         Args:
             deadline: of `time.monotonic`.
@@ -167,9 +167,8 @@ class Study:
         """
         yield None, self.measure_dense(progress)
         for unit in self.plan.units():
-            if deadline is not None and time.monotonic() > deadline:
-                return
-            yield unit, self.measure(unit, progress)
+            if deadline is None or time.monotonic() < deadline or self.is_measured(unit):
+                yield unit, self.measure(unit, progress)
 
     def measure_dense(self, progress: Callable[[Unit | None, str], None] = lambda unit, what: None) -> VariantResult:
         """What all units are compared with."""
@@ -178,6 +177,10 @@ class Study:
     def has_scores(self, unit: Unit) -> bool:
         """Whether the unit's heads are ranked already, or need not be."""
         return unit.recipe == UNIFORM_WINDOW or self.store.has(SCORES, unit.scores)
+
+    def is_measured(self, unit: Unit) -> bool:
+        """Whether the store has all of its cells."""
+        return self.has_scores(unit) and self.lab.complete(self.cells(unit), self.store)
 
     def _step(self, unit: Unit | None, progress: Callable[[Unit | None, str], None]) -> Progress:
         return lambda what, done: progress(unit, what)
