@@ -49,7 +49,7 @@ QUICK: Mapping[Case, tuple[Where, ...]] = {
 FIXED: tuple[Case, ...] = ("short prompt", "longest context")
 """Cases whose lengths no option changes."""
 
-MIN_ROUNDS: Mapping[Case, int] = {"first token": 2, "prefill": 1, "decode": 3, "graph decode": 3, "short prompt": 3}
+MIN_ROUNDS: Mapping[Case, int] = {"first token": 2, "prefill": 1, "decode": 3, "graph decode": 3, "short prompt": 11}
 """A round of prefills of 128K tokens takes half a minute; every call has run once before the first round."""
 
 MEMORY, KV_SHARE = "prefill memory", "KV share of dense"
@@ -74,7 +74,7 @@ BOUNDS: Mapping[tuple[str, str, Where], Bound] = {
 }
 """By figure, variant, tokens and batch. Those of a case are of its ratio to dense."""
 
-NUM_NEW_TOKENS, NUM_DECODED_TOKENS = 64, 16
+NUM_NEW_TOKENS, NUM_DECODED_TOKENS = 32, 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +130,23 @@ def test_turns_go_back_and_forth_within_the_budget() -> None:
         clock = FakeClock(a=cost)
         assert len(alternate({"a": lambda: None}, clock, budget_ms=10)["a"].times_ms) == rounds
     assert alternate({}, clock, budget_ms=10) == {}
+
+
+def test_the_collector_leaves_models_alone_while_calls_are_timed() -> None:
+    """Not what calls make themselves, nor what is there when none are timed."""
+    frozen: list[int] = []
+
+    class Watching:
+        def record(self, label: str, call: Any) -> float:
+            frozen.append(gc.get_freeze_count())
+            return 1.0
+
+        def read(self, handles: Any) -> list[float]:
+            return list(handles)
+
+    before = gc.get_freeze_count()
+    alternate({"a": lambda: None}, Watching(), budget_ms=1)
+    assert min(frozen) > before + 1000 and gc.get_freeze_count() == 0
 
 
 def test_quantiles() -> None:
