@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +131,9 @@ def test_runs_are_compared_on_the_tasks_that_all_can_be_judged_by(comparison: Co
     assert points["streaming"].best_recall and not points["random & <wild>"].best_recall
     exact = [right for each in comparison.reports[0].judged for right in each.sparse.exact]
     assert points["learned"].recall == (sum(exact) / 600, wilson_interval(sum(exact), 600))
-    other = Comparison.of(
-        [comparison.reports[0], report("else", (1.0, 0.9, 0.9, 0.1), 0.01, 0.4, seed=5, seq_len=4096)]
-    )
-    assert other.differing == ("seq_len", "seed")
+    other = report("else", (1.0, 0.9, 0.9, 0.1), 0.01, 0.4, seed=5, seq_len=4096)
+    with pytest.raises(ValueError, match=r"the same samples \(seq_len 2048 != 4096, seed 1234 != 5\); evaluate them"):
+        Comparison.of([comparison.reports[0], other])
     with pytest.raises(ValueError, match="different names"):
         Comparison.of([comparison.reports[0], comparison.reports[0]])
 
@@ -177,12 +178,41 @@ def test_the_command_writes_all_of_it(comparison: Comparison, tmp_path: Path) ->
     assert shown.exit_code == 0, shown.output
     found = json.loads(shown.stdout)
     assert [run["name"] for run in found["runs"]] == ["streaming", "learned", "random & <wild>"]
-    assert found["differing_settings"] == [] and page.is_file() and BEGIN in card.read_text()
+    assert page.is_file() and BEGIN in card.read_text()
     # Two runs of one name are told apart by their folders.
     same = CliRunner().invoke(build_app(), ["compare", runs[0], str(tmp_path / "0" / "report.json"), "--json"])
     assert [run["name"] for run in json.loads(same.stdout)["runs"]] == [runs[0], f"{runs[0]}/report.json"]
     told = CliRunner().invoke(build_app(), ["compare", runs[0]])
     assert told.exit_code == 0 and "learned" in told.stdout and "mean of" in told.stdout
+
+
+@pytest.mark.parametrize("name", ["_hidden", "$a$", r"$\nothing{$", "1 $"])
+def test_names_stand_in_the_charts_as_they_are(comparison: Comparison, name: str) -> None:
+    page = html_report(Comparison.of([replace(comparison.reports[0], name=name)]))
+    charts = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    assert [bool(re.search(rf"> ?{re.escape(name)}</text>", chart)) for chart in charts] == [True] * 4
+
+
+@pytest.mark.parametrize("count", [4, 10, 14])  # their Wilson interval of a share of 1 ends below 1, by rounding
+def test_a_run_without_a_wrong_answer_is_drawn(comparison: Comparison, count: int) -> None:
+    def perfect(variant: VariantResult) -> VariantResult:
+        needle = replace(variant.tasks[0], exact=(True,) * count, depths=variant.tasks[0].depths[:count])
+        return replace(variant, tasks=(needle,))
+
+    own = comparison.reports[0]
+    found = Comparison.of([replace(own, dense=perfect(own.dense), sparse=perfect(own.sparse))])
+    assert found.points[0].recall[0] == 1 and html_report(found).count("<svg") == 4
+
+
+def test_what_is_no_number_is_null_in_json(comparison: Comparison, tmp_path: Path) -> None:
+    own = comparison.reports[0]
+    text = replace(own.sparse.text, bins=(*own.sparse.text.bins[:-1], float("nan")))
+    apart = replace(own, min_dense=1.1, sparse=replace(own.sparse, text=text))
+    path = apart.save(tmp_path)
+    assert "NaN" not in path.read_text() and math.isnan(LabReport.load(path).sparse.text.bins[-1])
+    found = Comparison.load([path]).to_dict()
+    (run,) = json.loads(json.dumps(found, allow_nan=False))["runs"]
+    assert run["recall"] == run["worst"] == [None, [None, None]] and run["loss"][0] > 0
 
 
 def test_the_page_needs_no_network(comparison: Comparison) -> None:

@@ -61,10 +61,17 @@ def test_round_trip_with_overrides(run_yaml: Callable[..., Path], tmp_path: Path
         ("trainer.max_step=3", r"trainer: \['max_step'\] are no arguments of transformers.TrainingArguments"),
         ("trainer.output_dir=x", r"trainer: \['output_dir'\] are no .* or set by the run"),
         ("trainer.load_best_model_at_end=true", "set by the run"),
+        ("trainer.save_only_model=true", r"trainer: \['save_only_model'\] are no .* or set by the run"),
+        ("trainer.ignore_data_skip=true", r"trainer: \['ignore_data_skip'\] are no .* or set by the run"),
         ("trainer.max_steps=0", "trainer.max_steps must be positive"),
         ("trainer.max_steps=null", r"trainer\.max_steps must be of type int, got None"),
         ("trainer.max_steps=many", r"trainer\.max_steps must be of type int, got 'many'"),
         ("trainer.learning_rate=fast", r"trainer\.learning_rate must be of type float, got 'fast'"),
+        ("trainer.bf16='false'", r"trainer\.bf16 must be of type bool, got 'false'"),
+        ("trainer.gradient_checkpointing=[1]", r"trainer\.gradient_checkpointing must be of type bool, got \[1\]"),
+        ("trainer.gradient_accumulation_steps=0", "trainer.gradient_accumulation_steps must be positive, got 0"),
+        ("trainer.per_device_train_batch_size=-1", "trainer.per_device_train_batch_size must be positive, got -1"),
+        ("trainer.save_steps=-5", "trainer.save_steps must be positive, got -5"),
         ("trainer={}", "trainer.max_steps must be positive"),
         (
             "stage=mask",
@@ -81,8 +88,14 @@ def test_round_trip_with_overrides(run_yaml: Callable[..., Path], tmp_path: Path
         ("data.recall.tasks=[needles]", "unknown task 'needles'; known tasks"),
         ("data.recall.tasks=[{needles: 3}]", "a recall task is a name or a mapping with `task`"),
         ("evaluation.tasks=[{task: needle, keys: 3}]", "has no option keys; known options"),
+        ("evaluation.tasks=[{task: needle, num_needles: '4'}]", "num_needles must be of type int, got '4'"),
+        ("evaluation.tasks=[{task: [needle]}]", r"unknown task \['needle'\]; known tasks"),
+        ("evaluation.tasks=[{task: needle, 3: 4}]", "has no option 3; known options"),
+        ("evaluation.tasks=[needle, {task: needle, num_needles: 4}]", "evaluation.tasks must be different tasks, got"),
         ("evaluation.num_samples=0", "evaluation.num_samples must be positive, got 0"),
         ("masks.end_head_sparsity=1", r"end_head_sparsity must lie in \[0, 1\)"),
+        ("masks.clamp_log_alpha=-1", "clamp_log_alpha must be positive, got -1"),
+        ("masks.clamp_multipliers=-1", "clamp_multipliers must be positive, got -1"),
         ("masks.schedule=step", "schedule must be one of"),
         ("masks.target=0.5", r"config\.yaml\.masks: unknown keys \['target'\]; known: .*'end_head_sparsity'"),
         ("objective.kl=0", "objective: weights must not be negative and one must be positive"),
@@ -115,6 +128,13 @@ def test_missing_file(tmp_path: Path) -> None:
         RunConfig.load(tmp_path / "none.yaml")
 
 
+def test_workers_that_would_each_read_a_stream_are_refused(run_yaml: Callable[..., Path]) -> None:
+    overrides = ["data.text=[{path: a.txt, streaming: true}]", "trainer.dataloader_num_workers=2"]
+    with pytest.raises(ValueError, match="dataloader_num_workers=2 would read all of a streamed source; set 0 or 1"):
+        RunConfig.load(run_yaml(), overrides)
+    assert RunConfig.load(run_yaml(), [overrides[0], "trainer.dataloader_num_workers=1"])
+
+
 def test_trainer_arguments_win_over_defaults(run_yaml: Callable[..., Path], tmp_path: Path) -> None:
     def given(*overrides: str) -> Any:
         return training_arguments(RunConfig.load(run_yaml(), overrides), tmp_path)
@@ -122,5 +142,6 @@ def test_trainer_arguments_win_over_defaults(run_yaml: Callable[..., Path], tmp_
     assert given().save_total_limit == 2 and given("trainer.save_total_limit=5").save_total_limit == 5
     assert given().ddp_find_unused_parameters is None and given().disable_tqdm
     assert given("trainer.adam_epsilon=1e-6").adam_epsilon == 1e-6
+    assert given("trainer.save_strategy=no").save_strategy == "no"  # YAML reads no as false
     with pytest.raises(ValueError, match="sometimes"):
         given("trainer.save_strategy=sometimes")

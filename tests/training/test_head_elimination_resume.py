@@ -89,6 +89,9 @@ def test_rounds_of_other_settings_are_refused(elimination_values: dict[str, Any]
     with pytest.raises(ValueError, match="holds rounds already; choose another output_dir"):
         run({**elimination_values, "resume": False})
     assert not (folder / "config.yaml").exists() and (folder / "elimination.json").read_bytes() == before
+    (folder / "elimination.json").write_bytes(before.replace(b'"dropped"', b'"drops"'))
+    with pytest.raises(ValueError, match=r"elimination\.json holds no rounds \(KeyError\('dropped'\)\); delete"):
+        run(elimination_values)
     (folder / "elimination.json").write_bytes(before[:-40])
     with pytest.raises(ValueError, match=r"elimination\.json cannot be read .* truncated"):
         run(elimination_values)

@@ -106,6 +106,15 @@ def test_samples_of_unequal_lengths_stand_in_batches_of_their_own(model: Any, mo
     assert found == {0: True, 1: True, 2: True} and sizes == [2, 2, 1, 1]
 
 
+def test_what_a_model_comes_with_for_generate_has_no_part_in_recall(model: Any) -> None:
+    samples = [own_sample(model, seed) for seed in range(3)]
+    ends = {sample.input_ids[sample.answer_spans[0][0]] for sample in samples}
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.eos_token_id = sorted(ends)  # within an answer it ends nothing
+    assert dict(exact_by_generation(model, samples)) == {0: True, 1: True, 2: True}
+    assert model.generation_config.repetition_penalty == 5.0
+
+
 def test_caches_are_those_of_the_attention_and_free_before_the_question(model: Any) -> None:
     ids = torch.randint(2, 300, (1, 64), generator=torch.Generator().manual_seed(0))
     cache = new_cache(model)

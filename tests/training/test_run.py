@@ -143,6 +143,12 @@ def test_another_configuration_is_refused(run_values: Values) -> None:
     assert before == {path: path.read_bytes() for path in first.artefact.iterdir() if path.is_file()}
 
 
+def test_a_run_that_cannot_train_claims_no_folder(run_values: Values, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set trainer.bf16=true instead of fp16"):
+        run(run_values(trainer={"fp16": True}))
+    assert not (tmp_path / "run" / "config.yaml").exists(), "the corrected configuration would be refused"
+
+
 def test_checkpoints_of_nobody_are_left_alone(run_values: Values, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds checkpoints but no config\.yaml"):

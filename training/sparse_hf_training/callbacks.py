@@ -15,6 +15,12 @@ from sparse_hf_training.optimizer import MaskOptimizer
 logger = logging.getLogger(__name__)
 
 
+def refuse_fp16(args: TrainingArguments) -> None:
+    """Raises ValueError for arguments under which gates would get scaled gradients."""
+    if args.fp16:
+        raise ValueError("fp16 scales the loss, and gates are not unscaled; set trainer.bf16=true instead of fp16")
+
+
 class MaskStepCallback(TrainerCallback):
     """Steps the gates beside the trainer's own optimizer, in the same way under every engine; keeps the metrics."""
 
@@ -26,8 +32,7 @@ class MaskStepCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fp16:
-            raise ValueError("fp16 scales the loss, and gates are not unscaled; set trainer.bf16=true instead of fp16")
+        refuse_fp16(args)
         self.learning.to(args.device)
 
     def on_step_begin(

@@ -138,7 +138,11 @@ class EvaluationConfig:
         for name in ("num_samples", "num_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} must be positive, got {getattr(self, name)}")
-        _ = self.built
+        names = [task.name for task in self.built]
+        if len(set(names)) < len(names):  # of two figures of one name the last would stay
+            raise ValueError(
+                f"evaluation.tasks must be different tasks, got {names}; sparse-hf eval takes several of one"
+            )
 
     @property
     def built(self) -> list[RecallTask]:
@@ -208,6 +212,11 @@ class RunConfig:
         if isinstance(self.sparse, dict):
             SparseConfig.from_dict(self.sparse)
         object.__setattr__(self, "trainer", checked_trainer_arguments(self.trainer, self.stage not in UNTRAINED_STAGES))
+        workers = self.trainer.get("dataloader_num_workers", 0)
+        if workers > 1 and any(source.streaming for source in self.data.text):
+            raise ValueError(
+                f"each of trainer.dataloader_num_workers={workers} would read all of a streamed source; set 0 or 1"
+            )
 
     def _check_head_elimination(self) -> None:
         if self.data.recall is None or not self.data.recall.ratio or not self.data.recall.tasks:
@@ -250,29 +259,41 @@ RESERVED = (
     "dataloader_drop_last",
     "resume_from_checkpoint",  # `resume`
     "load_best_model_at_end",  # knows nothing of gates
+    "save_only_model",  # a run that goes on would begin its optimizer anew
+    "ignore_data_skip",  # and would see its first rows again
 )
+
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_steps")
 
 
 def checked_trainer_arguments(arguments: dict[str, Any], trains: bool = True) -> dict[str, Any]:
-    """The arguments, with numbers that YAML reads as text (1e-3) as numbers.
+    """The arguments, with numbers that YAML reads as text (1e-3) as numbers, and strategies that it reads as false: no.
 
     Raises:
-        ValueError: for keys that `TrainingArguments` does not know or that the run sets itself, text for a number, or
-            without `max_steps` where something `trains`.
+        ValueError: for keys that `TrainingArguments` does not know or that the run sets itself, text for a number or a
+            boolean, a count that is not positive, or without `max_steps` where something `trains`.
     """
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(RESERVED)
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"trainer: {unknown} are no arguments of transformers.TrainingArguments, or set by the run")
+    arguments = {
+        name: "no" if value is False and name.endswith("_strategy") else value for name, value in arguments.items()
+    }
     hints = typing.get_type_hints(TrainingArguments)
     numbers = {name for name in arguments if hints[name] in (int, float, int | None, float | None)}
+    # Any text is true: bf16: "false" would be on.
+    typed = numbers | {name for name in arguments if hints[name] in (bool, bool | None)}
     checked = {
-        name: convert(hints[name], value, f"trainer.{name}") if name in numbers else value
+        name: convert(hints[name], value, f"trainer.{name}") if name in typed else value
         for name, value in arguments.items()
     }
     # Counts of steps may also be shares of the run, so they are typed as floats; written as integers they stay so.
     checked |= {name: value for name, value in arguments.items() if isinstance(value, int) and name in numbers}
+    for name in COUNTS:
+        if not checked.get(name, 1) > 0:
+            raise ValueError(f"trainer.{name} must be positive, got {checked[name]}")
     if trains and checked.get("max_steps", 0) <= 0:
         raise ValueError("trainer.max_steps must be positive: schedules and the length of the data depend on it")
     return checked
@@ -289,7 +310,8 @@ def build_tasks(tasks: Sequence[str | dict[str, Any]]) -> list[RecallTask]:
         parameters = {"task": spec} if isinstance(spec, str) else dict(spec)
         if "task" not in parameters:
             raise ValueError(f"a recall task is a name or a mapping with `task`, got {spec!r}")
-        built.append(make_task(parameters.pop("task"), **parameters))
+        name = parameters.pop("task")
+        built.append(make_task(name, **{str(option): value for option, value in parameters.items()}))
     return built
 
 

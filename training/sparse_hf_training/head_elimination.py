@@ -106,13 +106,17 @@ class RoundsFile:
         if not resume:
             raise ValueError(f"{self.path} holds rounds already; choose another output_dir, or set resume=true")
         document = read_mapping(self.path)
-        before = document.get("settings", {})
+        try:
+            before = dict(document["settings"])
+            rounds = [Round.from_dict(values) for values in document["rounds"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} holds no rounds ({error!r}); delete the file to begin again") from error
         if differ := sorted(name for name in {*before, *self.settings} if before.get(name) != self.settings.get(name)):
             raise ValueError(
                 f"{self.path} holds rounds of other settings ({', '.join(differ)} differ); choose another output_dir, "
                 "or delete the file to begin again"
             )
-        return [Round.from_dict(values) for values in document["rounds"]]
+        return rounds
 
     def write(self, rounds: Sequence[Round]) -> None:
         """Replaces the file: whoever is killed here leaves the rounds before."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from sparse_hf.lora import adapters_disabled, unwrapped
 from sparse_hf.patching import dense, dense_heads, get_handle, set_head_masks
-from sparse_hf_training.callbacks import MaskStepCallback
+from sparse_hf_training.callbacks import MaskStepCallback, refuse_fp16
 from sparse_hf_training.checkpoint import last_complete_checkpoint, mark_complete, remove_old_checkpoints, saving
 from sparse_hf_training.engines import Engine, all_finite, check_engine, record_engine
 from sparse_hf_training.engines.checkpointing import EngineCheckpoints
@@ -108,6 +108,7 @@ class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
         self.learning: MaskLearning | None = getattr(unwrapped(model), MODULE_NAME, None)
         self._mask_callback: MaskStepCallback | None = None
         if self.learning is not None:
+            refuse_fp16(self.args)
             self.learning.to(self.args.device)  # before its optimizer's state is read
             self._mask_callback = MaskStepCallback(self.learning)
             self.add_callback(self._mask_callback)

@@ -121,8 +121,20 @@ def test_chat_template_that_rewrites_answers_is_refused(tokenizer) -> None:
 def test_chat_template_that_refuses_is_reported(tokenizer) -> None:
     strict = copy.copy(tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate; check its roles"):
+    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate; check roles and contents"):
         chat_document(CHAT, strict)
+
+
+PARTS = [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "Aye."}]}]
+
+
+def test_contents_in_parts_are_refused_in_one_line(tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"refuses the conversation: .* check roles and contents"):
+        chat_document(PARTS, tokenizer)  # the template joins text with a list
+    reads_parts = copy.copy(tokenizer)
+    reads_parts.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="message 1 must have text as content, got list; join its parts"):
+        chat_document(PARTS, reads_parts)
 
 
 @pytest.mark.parametrize("messages", ["hello", [], None])

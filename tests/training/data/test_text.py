@@ -193,6 +193,15 @@ def test_bad_source(options: dict, message: str) -> None:
         TextSource(**options)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "folder/a.jsonl"])
+def test_empty_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(ValueError, match=r"could not read .* from disk: it is empty; check path"):
+        load_text(TextSource(path=str(path.parent if "/" in name else path)))
+
+
 def test_without_datasets_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):

@@ -7,8 +7,19 @@ import re
 from dataclasses import FrozenInstanceError
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from sparse_hf_training.tasks import ChainTask, KeyValueTask, NeedleTask, RecallTask, available_tasks, make_task
+from sparse_hf_training.tasks import (
+    ChainTask,
+    Filler,
+    KeyValueTask,
+    NeedleTask,
+    RecallTask,
+    available_tasks,
+    make_task,
+)
+from sparse_hf_training.tasks.base import encode
 
 SEQ_LEN = 1500
 TASKS = [
@@ -167,6 +178,21 @@ def test_registry() -> None:
         make_task("haystack")
     with pytest.raises(ValueError, match="'chain' has no option num_needles; known options: num_variables"):
         make_task("chain", num_needles=3)
+    assert make_task("niah_single_2", depth="0.5") == make_task("niah_single_2", depth=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_needles": "4"}, "task 'needle': num_needles must be of type int, got '4'"),
+        ({"num_needles": 2.5}, "num_needles must be of type int, got 2.5"),
+        ({"num_needles": True}, "num_needles must be of type int, got True"),
+        ({"num_questions": None}, "num_questions must be of type int, got None"),
+    ],
+)
+def test_options_of_another_type_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task("needle", **options)
 
 
 def test_tasks_are_frozen_and_keyword_only() -> None:
@@ -174,3 +200,42 @@ def test_tasks_are_frozen_and_keyword_only() -> None:
         NeedleTask().num_needles = 4
     with pytest.raises(TypeError):
         NeedleTask(4)
+
+
+def _sentencepiece(story: str, prepend: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before what it is given: Llama 2's and Mistral's normalizer, or Metaspace."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    if prepend == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = digits
+    else:
+        space = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([space, digits])
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))],
+        initial_alphabet=list('0123456789".:,=ABCDEFGHIJKLMNOPQRSTUVWXYZ?'),
+        show_progress=False,
+    )
+    backend.train_from_iterator(story.split(". "), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "first", "always"])
+@pytest.mark.parametrize("task", [NeedleTask(), KeyValueTask()], ids=lambda task: task.name)
+def test_the_context_holds_the_answer_token_by_token(task: RecallTask, prepend: str, story: str) -> None:
+    tokenizer = _sentencepiece(story, prepend)
+    text = Filler.from_texts([story], tokenizer)
+    for seed in range(5):
+        sample = task.sample(random.Random(seed), text, tokenizer, SEQ_LEN)
+        ((start, end),) = sample.answer_spans
+        answer, context = sample.input_ids[start:end], sample.input_ids[: sample.context_length]
+        assert answer in [context[n : n + len(answer)] for n in range(len(context))]
+
+
+def test_a_text_is_tokenised_as_it_stands_within_others(story: str) -> None:
+    tokenizer = _sentencepiece(story, "normalizer")
+    texts = ["7654321", " 7654321", "", ".", " the ship", '".']
+    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in encode(tokenizer, texts)]
+    assert ["".join(each) for each in tokens] == ["7654321", "▁7654321", "", ".", "▁the▁ship", '".']

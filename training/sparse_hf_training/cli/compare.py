@@ -41,10 +41,6 @@ def compare(
     if as_json:
         write_json(found.to_dict())
         return
-    if found.differing:
-        typer.echo(
-            f"warning: the runs differ in {', '.join(found.differing)}: their samples are not the same", err=True
-        )
     shown = [COLUMNS.index(name) for name in SHOWN]
     rows = ([row[n] for n in shown] for row in found.rows())
     write(table(f"KV bytes of dense; recall: mean of {', '.join(found.tasks) or 'no task'}", SHOWN, rows, fixed=2))

@@ -68,7 +68,13 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
         if message["role"] != "assistant":
             continue
         before, after = render(index, prompt=True), render(index + 1, prompt=False)
-        answer = (message.get("content") or "").strip()
+        content = message.get("content") or ""
+        if not isinstance(content, str):
+            raise ValueError(
+                f"message {index} must have text as content, got {type(content).__name__}; join its parts, or use a "
+                "chat template with generation tags"
+            )
+        answer = content.strip()
         # Templates may render an answer differently when it is the last one (Qwen3 drops empty thoughts from
         # history), so its place is looked up in the whole text and only its ending is taken from `after`.
         start, last = whole.find(answer, len(before)), after.find(answer, len(before))
@@ -88,5 +94,5 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}; check its roles") from error
+    except (TemplateError, TypeError) as error:  # TypeError: it joins text with what is none
+        raise ValueError(f"the chat template refuses the conversation: {error}; check roles and contents") from error

@@ -136,11 +136,11 @@ def _open(source: TextSource) -> Any:
         return datasets.load_dataset(
             source.path, name=source.name, split=source.split, revision=source.revision, streaming=streaming
         )
-    # IndexError is what load_from_disk says of a folder saved with no rows.
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+    # load_from_disk says IndexError of a folder saved with no rows, load_dataset StopIteration of an empty file.
+    except (OSError, ValueError, IndexError, StopIteration, datasets.exceptions.DatasetsError) as error:
         where = "from disk" if is_local else "from the Hub"
         remedy = "check path, split and name" + ("" if is_local else ", revision, the network and your login")
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "it is empty"
         raise ValueError(
             f"could not read {source.path!r} (split {source.split!r}) {where}: {reason}; {remedy}"
         ) from error

@@ -22,10 +22,16 @@ def pareto_chart(comparison: Comparison) -> str:
     points = comparison.points
     names = [report.name for report in comparison.reports]
     for point in sorted(points, key=lambda point: names.index(point.name)):
-        style = {"linestyle": "", "capsize": 3, "label": point.name, **series_style(names.index(point.name))}
+        style = {
+            "linestyle": "",
+            "capsize": 3,
+            "label": legend_label(point.name),
+            **series_style(names.index(point.name)),
+        }
         x = 100 * point.kv_share
         for axes, scale, (value, (low, high)) in ((recall, 1, point.recall), (loss, 100, point.loss)):
-            spread = [[scale * (value - low)], [scale * (high - value)]]
+            # Rounding may leave a share of 1 above the end of its own interval; bars have no negative length.
+            spread = [[max(0.0, scale * (value - low))], [max(0.0, scale * (high - value))]]
             axes.errorbar(x, scale * value, yerr=spread, **style)
     _join(recall, [(100 * p.kv_share, p.recall[0]) for p in points if p.best_recall])
     _join(loss, [(100 * p.kv_share, 100 * p.loss[0]) for p in points if p.best_loss])
@@ -53,7 +59,15 @@ def tasks_chart(comparison: Comparison) -> str:
         ends = [found[task].interval for task in tasks]
         spread = [[c - low for c, (low, _) in zip(changes, ends, strict=True)]]
         spread.append([high - c for c, (_, high) in zip(changes, ends, strict=True)])
-        axes.errorbar(changes, places, xerr=spread, linestyle="", capsize=2, label=report.name, **series_style(number))
+        axes.errorbar(
+            changes,
+            places,
+            xerr=spread,
+            linestyle="",
+            capsize=2,
+            label=legend_label(report.name),
+            **series_style(number),
+        )
     axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
     axes.set_ylim(len(tasks) - 0.4, -0.6)
@@ -70,7 +84,7 @@ def position_chart(comparison: Comparison) -> str:
         edges = report.sparse.text.edges
         middles = [(low + high) / 2 for low, high in pairwise(edges)]
         pairs = zip(report.sparse.text.bins, report.dense.text.bins, strict=True)
-        losses.plot(middles, [sparse - dense for sparse, dense in pairs], marker=".", label=report.name)
+        losses.plot(middles, [sparse - dense for sparse, dense in pairs], marker=".", label=legend_label(report.name))
         depths.plot(*_by_depth(report), marker=".")
     losses.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     losses.set_xlabel("position in the document, tokens")
@@ -91,7 +105,7 @@ def memory_chart(comparison: Comparison) -> str:
     axes.plot(dense.tokens, [value / 2**20 for value in dense.kv_bytes], color="grey", linestyle=":", label="dense")
     for report in comparison.reports:
         kv = report.sparse.footprint
-        axes.plot(kv.tokens, [value / 2**20 for value in kv.kv_bytes], label=report.name)
+        axes.plot(kv.tokens, [value / 2**20 for value in kv.kv_bytes], label=legend_label(report.name))
     axes.set_xlabel("tokens read and written")
     axes.set_ylabel("KV cache, MiB")
     axes.set_xlim(left=0)
@@ -99,6 +113,12 @@ def memory_chart(comparison: Comparison) -> str:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return _svg(figure, "memory")
+
+
+def legend_label(name: str) -> str:
+    """A name as matplotlib shows it as it is: a `$` begins no formula, and one that begins with `_` is not left out."""
+    label = name.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def series_style(number: int) -> dict[str, str]:

@@ -38,7 +38,14 @@ class RunPoint:
     best_loss: bool
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """JSON-plain; what there is no figure for is None."""
+        return {name: _without_nan(value) for name, value in vars(self).items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_without_nan(each) for each in value]
+    return None if value != value else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +53,27 @@ class Comparison:
     """Reports, in the order in which they were given.
 
     Args:
-        reports: one per run, names all different.
-        differing: settings that are not the same in all of them: their samples then differ.
+        reports: one per run, names all different, all of the same samples.
     """
 
     reports: tuple[LabReport, ...]
-    differing: tuple[str, ...]
 
     @classmethod
     def of(cls, reports: Sequence[LabReport]) -> Comparison:
-        """Raises ValueError without reports, or for two of one name."""
+        """Raises ValueError without reports, for two of one name, or for runs that answered other samples."""
         names = [report.name for report in reports]
         if not names or len(set(names)) < len(names):
             raise ValueError(
                 f"runs must be one or more of different names, got {names}; `sparse-hf eval --name` gives one"
             )
-        differing = [key for key in SAME if any(r.settings.get(key) != reports[0].settings.get(key) for r in reports)]
-        return cls(reports=tuple(reports), differing=tuple(differing))
+        for report in reports[1:]:
+            pairs = [(key, reports[0].settings.get(key), report.settings.get(key)) for key in SAME]
+            if differing := [f"{key} {one} != {other}" for key, one, other in pairs if one != other]:
+                raise ValueError(
+                    f"{names[0]!r} and {report.name!r} did not answer the same samples ({', '.join(differing)}); "
+                    "evaluate them with the same text, length, seed and numbers of samples and rows"
+                )
+        return cls(reports=tuple(reports))
 
     @classmethod
     def load(cls, places: Iterable[str | Path]) -> Comparison:
@@ -122,7 +133,6 @@ class Comparison:
         return {
             "runs": [point.to_dict() for point in self.points],
             "tasks": list(self.tasks),
-            "differing_settings": list(self.differing),
             "reports": [report.summary() for report in self.reports],
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,16 +107,32 @@ class _UntilWrong(StoppingCriteria):
         return (new != self.answer[:, : new.shape[1]]).any(1)
 
 
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Takes away what a model comes with for `generate`, which fills what we leave open from it.
+
+    A repetition penalty (Qwen2.5 has one) forbids what a question asks for, to repeat the context; an end of sequence
+    would end an answer that has it within, such as a passage over the end of a document.
+    """
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _writes(model: PreTrainedModel, prompt: Tensor, answer: Tensor, cache: Cache) -> Tensor:
     """Booleans `[batch]`: whether greedy decoding goes on with the answer `[batch, count]`."""
     count, start = answer.shape[1], prompt.shape[1]
     generate: Any = model.generate
-    out: Tensor = generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
-        stopping_criteria=StoppingCriteriaList([_UntilWrong(answer, start)]),
-    )
+    with _plain_generation(model):
+        out: Tensor = generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0),
+            stopping_criteria=StoppingCriteriaList([_UntilWrong(answer, start)]),
+        )
     new = out[:, start:]
     return (torch.nn.functional.pad(new, (0, count - new.shape[1]), value=-1) == answer).all(1)

@@ -31,7 +31,6 @@ def html_report(comparison: Comparison) -> str:
     return template.render(
         title=f"What sparse attention costs {base}" if len(names) == 1 else f"Sparse attention on {base}, compared",
         subtitle=f"{settings['seq_len']} tokens, {settings['num_samples']} samples a task: {', '.join(names)}",
-        differing=comparison.differing,
         columns=COLUMNS,
         rows=comparison.rows(),
         tasks=comparison.tasks,

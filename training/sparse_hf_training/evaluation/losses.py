@@ -42,11 +42,13 @@ class TextLoss:
         return sum(self.rows) / len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-plain: bins without a token are None."""
+        return {**asdict(self), "bins": [None if mean != mean else mean for mean in self.bins]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TextLoss:
-        return cls(**{name: tuple(value) for name, value in values.items()})
+        bins = tuple(float("nan") if mean is None else mean for mean in values["bins"])
+        return cls(rows=tuple(values["rows"]), edges=tuple(values["edges"]), bins=bins)
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ class MaskLearningConfig:
         for name in ("mask_learning_rate", "reg_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.reg_weight is not None and not self.reg_weight > 0:
-            raise ValueError(f"reg_weight must be positive, got {self.reg_weight}")
+        for name in ("reg_weight", "clamp_log_alpha", "clamp_multipliers"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not self.init_spread > 0:
             raise ValueError(f"init_spread must be positive, got {self.init_spread}; leave init_scores out for none")
         if self.init_scores is not None and self.init_masks is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from sparse_hf_training.tasks.associative_recall import AssociativeRecallTask
 from sparse_hf_training.tasks.base import Question, RecallSample, RecallTask
@@ -23,6 +23,7 @@ from sparse_hf_training.tasks.needle_single import SingleNeedleTask
 from sparse_hf_training.tasks.two_turns import TwoTurnsTask
 from sparse_hf_training.tasks.uuid_key_value import UuidKeyValueTask
 from sparse_hf_training.tasks.variable_tracking import VariableTrackingTask
+from sparse_hf_training.typed_config import convert
 
 _CLASSES: tuple[type[RecallTask], ...] = (
     NeedleTask,
@@ -54,15 +55,17 @@ def make_task(name: str, **kwargs: Any) -> RecallTask:
     """The task called `name`, with its options as keywords.
 
     Raises:
-        ValueError: unknown name, unknown option, or an option out of range.
+        ValueError: unknown name, unknown option, or an option out of range or of another type.
     """
-    if name not in _TASKS:
+    if name not in available_tasks():
         raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(available_tasks())}")
     known = [field.name for field in fields(_TASKS[name])]
     unknown = sorted(set(kwargs) - set(known))
     if unknown:
         raise ValueError(f"task {name!r} has no option {', '.join(unknown)}; known options: {', '.join(known)}")
-    return _TASKS[name](**kwargs)
+    hints = get_type_hints(_TASKS[name])
+    values = {option: convert(hints[option], value, f"task {name!r}: {option}") for option, value in kwargs.items()}
+    return _TASKS[name](**values)
 
 
 def task_label(task: RecallTask) -> str:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 
+SPACE_MARKS = ("Ġ", "▁", " ")
+"""How tokenizers mark a token that begins with a space: byte-level, SentencePiece, or as it is."""
+_BEFORE = ("\n", ":", "x")
+"""What a text is tokenised after where the tokenizer would put a space before it; the first that stays by itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecallSample:
@@ -141,8 +146,36 @@ def check_depth(task: str, depth: float | None) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, without special tokens."""
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    """The tokens of each text as it stands within others: no special tokens, and no space that is not in it.
+
+    Tokenizers like those of Llama 2 and Mistral put a space before what they are given. A fact states its value without
+    that space, so that a model which recalls the value would never write the answer.
+
+    Raises:
+        ValueError: a tokenizer that joins a text with whatever precedes it.
+    """
+    if not _adds_space(tokenizer):
+        return _tokens(tokenizer, texts)
+    found: dict[str, list[int]] = {}
+    for before in _BEFORE:
+        (head,) = _tokens(tokenizer, [before])
+        missing = [text for text in texts if text not in found]
+        for text, ids in zip(missing, _tokens(tokenizer, [before + text for text in missing]), strict=True):
+            if ids[: len(head)] == head:
+                found[text] = ids[len(head) :]
+    if missing := [text for text in texts if text not in found]:
+        raise ValueError(f"the tokenizer joins {missing[0]!r} with what precedes it; recall tasks need another one")
+    return [list(found[text]) for text in texts]
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    (ids,) = _tokens(tokenizer, ["x"])
+    return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE_MARKS))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return ids
 
 
 def encode_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Pieces]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparse_hf_training.tasks.base import (
+    SPACE_MARKS,
     Composition,
     Question,
     RecallTask,
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from sparse_hf_training.tasks.filler import Filler
 
-# How tokenizers mark a token that begins a new word: byte-level space and newline, SentencePiece space.
-_WORD_START_MARKS = ("Ġ", "Ċ", "▁", " ", "\n")
+# How tokenizers mark a token that begins a new word: a space, or a newline, byte-level or as it is.
+_WORD_START_MARKS = (*SPACE_MARKS, "Ċ", "\n")
 # How far a fact may be moved to reach a word's start; a longer run without one is not prose (base64, CJK).
 _MAX_WORD_TOKENS = 16
 
