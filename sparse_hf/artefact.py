@@ -268,14 +268,18 @@ def load_artefact(folder: str | Path) -> Artefact:
     if "head_masks" not in tensors:
         raise ValueError(f"{folder / HEAD_MASKS_FILE} holds {sorted(tensors)}, not 'head_masks'")
     masks = check_head_masks(tensors["head_masks"], shape)
-    windows = document.get("native_windows")
+    windows, probe = document.get("native_windows"), tensors.get("base_model_probe")
+    if windows is not None and not (isinstance(windows, list) and all(type(window) is int for window in windows)):
+        raise ValueError(f"{folder / CONFIG_FILE}: native_windows must be a list of integers, got {windows!r}")
+    if probe is not None and probe.dtype != torch.float32:
+        raise ValueError(f"{folder / HEAD_MASKS_FILE}: base_model_probe must be float32, got {probe.dtype}")
     return Artefact(
         config=SparseConfig.from_dict(document["config"]),
         head_masks=masks,
         shape=shape,
         base_model_name_or_path=document["base_model_name_or_path"],
         scores=_check_scores(tensors["scores"], masks) if "scores" in tensors else None,
-        probe=tensors.get("base_model_probe"),
+        probe=probe,
         training=document.get("training") or {},
         native_windows=None if windows is None else tuple(windows),
         folder=folder,

@@ -94,7 +94,8 @@ def _dispatch(
     """Output `[batch, num_heads, q_len, head_dim]`; `records` are told what is read."""
     if isinstance(key, PendingKV):
         plan = _checked_plan(attention_mask, query, None)
-        return attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
+        out = attend_cached(state, query.to(key.values.dtype), key, plan, position_ids, scale, records)
+        return out.to(query.dtype)  # what is stored may have another one
     assert isinstance(value, Tensor)
     plan = _checked_plan(attention_mask, query, key)
     check_length(plan, state)

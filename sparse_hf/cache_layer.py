@@ -180,9 +180,11 @@ class SparseCacheLayer(CacheLayerMixin):
         return OffloadedStorage(layout, stage=stage, number=self._number, device=device, **options)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if key_states.dtype != value_states.dtype:
-            # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype.
-            key_states = key_states.to(value_states.dtype)
+        # Under autocast the rotary product leaves keys in fp32, while values have autocast's dtype. Later tokens are
+        # stored in that of the first ones, should autocast or the model's own dtype be another one by then.
+        dtype = value_states.dtype if self.storage is None else self.storage.dtype
+        if key_states.dtype != dtype or value_states.dtype != dtype:
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         # The first tokens of a growing cache wait for `store`, which makes room and fills it in one go; a single one is
         # for the decode step, which asks for a storage.
         if self.storage is None and (self.max_length is not None or key_states.shape[2] == 1):
@@ -196,6 +198,19 @@ class SparseCacheLayer(CacheLayerMixin):
         if layout is not self.layout and layout == self.layout:
             self.layout = layout
         return layout is self.layout
+
+    def check_step(self, plan: ForwardPlan) -> None:
+        """Raises ValueError if the layer holds other tokens than the first one did when the forward pass began.
+
+        Of a fixed length the host's own count tells: to read the device's would be to wait for it.
+        """
+        seen = self._num_tokens
+        first = plan.q_offset if self.max_length is None else plan.known.setdefault("seen", seen)
+        if seen != first:
+            raise ValueError(
+                f"the layers of this SparseCache hold different numbers of tokens, {seen} and {first}: an exception "
+                "ended a forward pass in its middle; make a new cache, or go on from a copy made before"
+            )
 
     def decodes(self, query: Tensor, plan: ForwardPlan) -> bool:
         """Whether `decode` serves this query, one new token of each row."""

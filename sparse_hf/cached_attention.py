@@ -32,6 +32,7 @@ def decode_at_once(
         return None
     if not isinstance(plan, ForwardPlan) or not layer.decodes(query, plan):
         return None
+    layer.check_step(plan)
     if layer.max_length is None:
         check_length(plan, state)
     if not torch.is_grad_enabled():
@@ -74,13 +75,14 @@ def attend_cached(
     """Output `[batch, num_heads, q_len, head_dim]`; the new tokens are stored.
 
     Raises:
-        ValueError: while gates train, or if the cache was made for other head masks.
+        ValueError: while gates train, or if the cache was made for other head masks or is not whole.
     """
     layer, keys, values = pending.layer, pending.keys, pending.values
     if state.current_gate() is not None:
         raise ValueError("a SparseCache serves deployed masks; call model.eval() before generating while gates train")
     if not layer.fits(state.layout):
         raise ValueError("this SparseCache was made for other head masks or another model; make a new one")
+    layer.check_step(plan)
     if layer.num_tokens == 0 and not records:
         # Nothing was evicted: the new keys are all that there are, and one call serves all heads.
         out = attend_at_once(state, query, keys, values, plan, position_ids, scale)

@@ -53,6 +53,8 @@ def prefill(
     whole = mask is not None and mask.shape[1] == total
     seen = int(cache.get_seq_length()) if whole else 0
     size = chunk_size(batch, total - seen, generation_config.prefill_chunk_size)
+    if generation_config.prefill_chunk_size is None and model_kwargs.get("output_hidden_states"):
+        size = max(total - seen, 1)  # those of all tokens are asked for, a chunk's outputs hold its own
     all_tokens = total if mask is None else mask.shape[1]
     if generation_config.max_length is not None:
         cache.expect(min(generation_config.max_length, all_tokens + spare_tokens(all_tokens)))

@@ -203,6 +203,8 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read: its lists or mappings are nested too deep") from error
     except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({first}); it is truncated or not JSON or YAML") from error

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MethodType
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -55,6 +54,16 @@ class SparseHandle:
     original_attention: str
     hooks: tuple[RemovableHandle, ...]
     added_adapter: bool = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled model may be read in a process that has sparsified none.
+        vars(self).update(state)
+        _register_attention()
+
+
+def _register_attention() -> None:
+    AttentionInterface.register(ATTENTION_NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, forward_plan_mask)
 
 
 def is_sparsified(model: PreTrainedModel) -> bool:
@@ -104,8 +113,7 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
     original = model.config
     # A configuration object may be shared between models; this one must not reach another.
     _replace_config(outer, original, copy.copy(original))
-    AttentionInterface.register(ATTENTION_NAME, sparse_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, forward_plan_mask)
+    _register_attention()
     for module, state in zip(modules, states, strict=True):
         set_layer_state(module, state)
     handle = SparseHandle(
@@ -123,8 +131,9 @@ def apply_config(model: PreTrainedModel, config: SparseConfig, head_masks: Tenso
         hooks=watch_decoder(model.base_model),
     )
     setattr(model, _ATTRIBUTE, handle)
-    setattr(model, CACHE_METHOD, MethodType(prepare_cache, model))
-    setattr(model, PREFILL_METHOD, MethodType(prefill, model))
+    # No bound methods: a pickle would look for them by the functions' names, which the model's class does not have.
+    setattr(model, CACHE_METHOD, partial(prepare_cache, model))
+    setattr(model, PREFILL_METHOD, partial(prefill, model))
     model.config._attn_implementation = ATTENTION_NAME
     return outer
 

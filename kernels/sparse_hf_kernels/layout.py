@@ -41,9 +41,9 @@ class HeadPattern:
     def __post_init__(self) -> None:
         if not 0 < self.window <= UNBOUNDED:
             raise ValueError(f"window must lie in [1, {UNBOUNDED}], got {self.window}")
-        if self.num_sink_tokens < 0 or self.num_last_tokens < 0:
+        if not (0 <= self.num_sink_tokens <= UNBOUNDED and 0 <= self.num_last_tokens <= UNBOUNDED):
             raise ValueError(
-                f"num_sink_tokens and num_last_tokens must not be negative, "
+                f"num_sink_tokens and num_last_tokens must lie in [0, {UNBOUNDED}], "
                 f"got {self.num_sink_tokens} and {self.num_last_tokens}"
             )
         closed = self.window < UNBOUNDED or self.num_sink_tokens

@@ -44,17 +44,21 @@ class Method(ABC):
         return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
+LARGEST = 2**63 - 1
+"""No tensor holds a larger integer."""
+
+
 def require_positive(method: Method, *fields: str) -> None:
-    """Raises ValueError unless these fields are positive integers."""
+    """Raises ValueError unless these fields are positive integers that fit 64 bits."""
     for field in fields:
         value = getattr(method, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{method.name}: {field} must be a positive integer, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
+            raise ValueError(f"{method.name}: {field} must be a positive integer of 64 bits, got {value!r}")
 
 
 def require_not_negative(method: Method, *fields: str) -> None:
-    """Raises ValueError unless these fields are integers from 0."""
+    """Raises ValueError unless these fields are integers from 0 that fit 64 bits."""
     for field in fields:
         value = getattr(method, field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{method.name}: {field} must be an integer >= 0, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+            raise ValueError(f"{method.name}: {field} must be an integer >= 0 of 64 bits, got {value!r}")

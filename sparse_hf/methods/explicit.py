@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method
+from sparse_hf.methods.base import FIRST_HEAD, HeadPlace, Method, require_positive
 from sparse_hf_kernels import BlockList, HeadPattern
 
 
@@ -34,9 +34,12 @@ class Explicit(Method):
     indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # JSON and YAML give lists.
-        object.__setattr__(self, "row_ptr", tuple(self.row_ptr))
-        object.__setattr__(self, "indices", tuple(self.indices))
+        require_positive(self, "block_size")
+        for name in ("row_ptr", "indices"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
+                raise ValueError(f"explicit: {name} must be a list of integers, got {str(values)[:80]}")
+            object.__setattr__(self, name, tuple(values))  # JSON and YAML give lists
         if not self.row_ptr:
             raise ValueError("explicit: give row_ptr and indices, or build it with Explicit.from_block_mask(mask, ...)")
         if not self.blocks.is_causal:

@@ -50,7 +50,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(_METHODS)}")
     return _METHODS[name]
 

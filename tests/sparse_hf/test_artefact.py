@@ -85,6 +85,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(document))
 
 
+def explicit(**changes: Any) -> dict[str, Any]:
+    return {"method": "explicit", "block_size": 64, "row_ptr": [0, 1], "indices": [0], **changes}
+
+
 def edit_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     kept = load_file(folder / HEAD_MASKS_FILE)
     save_file({**kept, **tensors}, folder / HEAD_MASKS_FILE)
@@ -215,11 +219,28 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
         (lambda d: d.pop("base_model"), "lacks.*base_model"),
         (lambda d: d["base_model"].update(depth=3), "base_model is not understood"),
         (lambda d: d["base_model"].update(num_layers=3), r"\[3, 2\].*got \[2, 2\]"),
+        (lambda d: d.update(native_windows=5), "native_windows must be a list of integers, got 5"),
+        (lambda d: d.update(native_windows=["12", "12"]), "native_windows must be a list of integers"),
+        (lambda d: d["config"].update(sparse={"method": ["streaming"]}), "unknown method.*known"),
+        (lambda d: d["config"]["sparse"].update(num_sink_tokens=10**30), "num_sink_tokens must be .* 64 bits"),
+        (
+            lambda d: d["config"].update(sparse=explicit(row_ptr=5)),
+            "explicit: row_ptr must be a list of integers, got 5",
+        ),
+        (lambda d: d["config"].update(sparse=explicit(row_ptr=[0, 0.5, 1])), "explicit: row_ptr must be a list"),
+        (lambda d: d["config"].update(sparse=explicit(indices=[None])), "explicit: indices must be a list"),
+        (lambda d: d["config"].update(sparse=explicit(block_size="64")), "explicit: block_size must be a positive"),
     ],
 )
 def test_a_document_that_is_not_understood(folder: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
     edit(folder, change)
     with pytest.raises(ValueError, match=words):
+        load_artefact(folder)
+
+
+def test_a_document_without_an_end(folder: Path) -> None:
+    (folder / CONFIG_FILE).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deep"):
         load_artefact(folder)
 
 
@@ -230,6 +251,7 @@ def test_a_document_that_is_not_understood(folder: Path, change: Callable[[dict[
         ({"head_masks": torch.tensor([[0.0, float("nan")], [1.0, 0.0]])}, "NaN"),
         ({"head_masks": torch.tensor([[0.0, 0.5], [1.0, 0.0]])}, "0.5.*round"),
         ({"scores": torch.rand(3)}, r"scores must be.*\[2, 2\], got \[3\]"),
+        ({"base_model_probe": torch.ones(256, dtype=torch.int8)}, "base_model_probe must be float32, got torch.int8"),
     ],
 )
 def test_masks_that_do_not_fit(folder: Path, tensors: dict[str, torch.Tensor], words: str) -> None:

@@ -143,7 +143,7 @@ def test_windows_and_sinks_are_positive_integers(value: Any) -> None:
     ("values", "message"),
     [
         ({}, "row_ptr"),
-        ({"row_ptr": [0, 1], "indices": [0], "block_size": 0}, "block_size must be positive"),
+        ({"row_ptr": [0, 1], "indices": [0], "block_size": 0}, "block_size must be a positive integer"),
         ({"row_ptr": [0, 1, 2], "indices": [1, 1]}, "causal"),
         ({"row_ptr": [0, 1], "indices": [1]}, "must lie in"),
         ({"row_ptr": [0, 1], "indices": [-1]}, "must lie in"),

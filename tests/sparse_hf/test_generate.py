@@ -51,6 +51,21 @@ def test_chunked_prefill(case: Any, pad: Callable, mix: str) -> None:
     assert_greedy(case, batch, generate(case.model, batch, prefill_chunk_size=7))
 
 
+def test_hidden_states_of_all_tokens(make_case: Callable, pad: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that would be read in chunks unasked is read at once where what every token gives is asked for."""
+    monkeypatch.setattr("sparse_hf.chunked_prefill.WHOLE_TOKENS", 100)
+    monkeypatch.setattr("sparse_hf.chunked_prefill.CHUNK_TOKENS", 50)
+    case = make_case("llama", "streaming")
+    batch = pad(case.tokens(150), "left")
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 2}
+    result = generate(case.model, batch, **options)
+    with torch.no_grad():
+        whole = case.model(batch.input_ids, output_hidden_states=True).hidden_states
+    for found, expected in zip(result.hidden_states[0], whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(result.sequences, generate(case.model, batch, max_new_tokens=2))
+
+
 @pytest.mark.parametrize("mix", ["mixed", "min_seq_len"])
 def test_beam_search(case: Any, pad: Callable, mix: str) -> None:
     batch = pad(case.tokens(30, 12), "left")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,30 @@ def test_deepcopy_is_independent(make_model: Callable, family: str, ids: Tensor)
     assert torch.equal(logits(unsparsify(twin), ids), before)
     assert torch.equal(logits(model, ids), sparse)
     assert torch.equal(logits(unsparsify(model), ids), before)
+
+
+READ_A_PICKLE = """
+import sys, torch
+model, ids, expected = torch.load(sys.argv[1], weights_only=False)
+generated = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+assert torch.equal(generated.sequences, expected), "other tokens than before"
+assert type(generated.past_key_values).__name__ == "SparseCache"
+"""
+
+
+def test_a_pickle_is_as_sparse_in_another_process(make_model: Callable, ids: Tensor, tmp_path: Path) -> None:
+    """`torch.save(model)`, and what multiprocessing and Ray hand over; the reader has sparsified nothing itself."""
+    model = make_model("llama")
+    before = logits(model, ids)
+    sparsify(model, STREAMING)
+    path = tmp_path / "model.pt"
+    torch.save((model, ids, model.generate(ids, max_new_tokens=3, do_sample=False)), path)
+    done = subprocess.run([sys.executable, "-c", READ_A_PICKLE, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    twin = torch.load(path, weights_only=False)[0]
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+    assert torch.equal(logits(unsparsify(twin), ids), before)
+    assert is_sparsified(model)
 
 
 def test_twice_is_refused(make_model: Callable, ids: Tensor) -> None:

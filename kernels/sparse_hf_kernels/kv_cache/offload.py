@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_hf_kernels.capture import is_capturing
 from sparse_hf_kernels.kv_cache.layout import StorageLayout
 from sparse_hf_kernels.kv_cache.side_stream import side_stream
-from sparse_hf_kernels.kv_cache.storage import KVDtype, KVStorage, _no_scales
+from sparse_hf_kernels.kv_cache.storage import KVDtype, KVStorage, _no_scales, lasting
 
 META = torch.device("meta")
 
@@ -58,6 +58,7 @@ class Stage:
         if following.buffer is None and following.filled:
             self._fill(following)
 
+    @lasting
     def _fill(self, storage: OffloadedStorage) -> None:
         number = 1 - self.latest
         for other in self.members.values():
@@ -99,6 +100,7 @@ class OffloadedStorage(KVStorage):
 
     is_offloaded: ClassVar[bool] = True
 
+    @lasting
     def __init__(
         self,
         layout: StorageLayout,
@@ -179,6 +181,7 @@ class OffloadedStorage(KVStorage):
         self.keys, self.values, self.k_scales, self.v_scales = absent
         self.buffer, self.launches = None, {}
 
+    @lasting
     def apply(self, change: object) -> None:
         assert callable(change)
         self.stage.side.settle()
@@ -187,6 +190,7 @@ class OffloadedStorage(KVStorage):
         self.bound = ({}, {})
         self.release()
 
+    @lasting
     def grow(self, capacity: int) -> None:
         if capacity <= self.capacity:
             return

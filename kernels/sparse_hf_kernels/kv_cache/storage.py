@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_hf_kernels.kv_cache.layout import StorageGroup, StorageLayout
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KVDtype = Literal["int8", "fp8"]
 QUANTIZED: dict[KVDtype, tuple[torch.dtype, float]] = {
@@ -17,6 +20,20 @@ QUANTIZED: dict[KVDtype, tuple[torch.dtype, float]] = {
     "fp8": (torch.float8_e4m3fn, 448.0),
 }
 """Stored type and its largest value; one fp32 scale goes with each token of each head, for keys and for values."""
+
+
+def lasting(make: Callable[P, R]) -> Callable[P, R]:
+    """What `make` makes can be changed at any time. Tensors of `torch.inference_mode` cannot outside of it, and a
+    prompt that is read there may be gone on with by `generate`, which has no gradients but is not in that mode."""
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return made
 
 
 @lru_cache
@@ -47,6 +64,7 @@ class KVStorage:
     is_offloaded: ClassVar[bool] = False
     """The tensors have to be brought to the device and written back; see `OffloadedStorage`."""
 
+    @lasting
     def __init__(
         self,
         layout: StorageLayout,
@@ -71,6 +89,7 @@ class KVStorage:
             )
 
     @classmethod
+    @lasting
     def of_first(cls, layout: StorageLayout, k: Tensor, v: Tensor, state: Tensor, capacity: int) -> KVStorage:
         """A storage that holds tokens 0 on, made in as few operations as a stock cache takes.
 
@@ -125,6 +144,7 @@ class KVStorage:
         """Keys, values and their scales; dimension 0 is the batch, 1 the slots."""
         return self.keys, self.values, self.k_scales, self.v_scales
 
+    @lasting
     def apply(self, change: object) -> None:
         """Replaces every tensor by `change(tensor)`, which takes rows of the batch; the state's first entry stays."""
         assert callable(change)
@@ -138,6 +158,7 @@ class KVStorage:
     def _change_state(self, change: Callable[[Tensor], Tensor]) -> None:
         self.state = torch.cat([self.state[:1], change(self.lengths)])
 
+    @lasting
     def grow(self, capacity: int) -> None:
         """Gives linear heads room for `capacity` tokens; what is stored is copied, one tensor at a time."""
         if capacity <= self.capacity:
@@ -222,6 +243,7 @@ class KVStorage:
         return self.batch * filled * per_slot
 
 
+@lasting
 def counted_states(num_storages: int, batch: int, num_tokens: int, device: torch.device) -> list[Tensor]:
     """`KVStorage.state` of storages in which every row has so many tokens, by one launch for all of them."""
     # Kernels are compiled for states at multiples of 16 bytes, where tensors of their own would lie.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_hf_kernels.capture import may_read
 from sparse_hf_kernels.layout import UNBOUNDED, AttentionLayout, HeadPattern
 from sparse_hf_kernels.selection import BlockSelection
 from sparse_hf_kernels.tiles.bounds import TileBounds, tile_bounds
@@ -363,8 +364,9 @@ class _Patterns:
         """Tokens of the longest sequence, or more."""
         geometry = self.geometry
         if geometry.q_pos is not None and geometry.q_start is not None:
-            # A cache drops keys only where the model has a window of its own; else there is a slot for each position.
-            dropped = self.layout.max_distance < UNBOUNDED and geometry.q_len > 0
+            # A cache may have dropped keys beyond the model's window or the rule's reach; else there is a slot for each
+            # position. Where nothing can be read, only a window says so.
+            dropped = geometry.q_len > 0 and (self.layout.max_distance < UNBOUNDED or may_read())
             return max(geometry.kv_len, int((geometry.q_pos - geometry.q_start).max()) + 1 if dropped else 0)
         return max(geometry.kv_len, geometry.offset + geometry.q_len) - geometry.start
 
