@@ -108,7 +108,7 @@ def test_bf16_without_a_gpu_names_the_remedy(
     run_yaml: Callable[..., Path], run_main: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
-    code, _, error = run_main("train", str(run_yaml()), "trainer={bf16: true}")
+    code, _, error = run_main("train", str(run_yaml()), "trainer={bf16: true, max_steps: 1}")
     assert code == 1 and error.strip().endswith("To train on a CPU, add trainer.use_cpu=true.")
 
 
