@@ -72,8 +72,8 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
 
 def _nothing(spec: str) -> str:
     return (
-        f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id of an artefact, which looks like user/name; "
-        "`sparse-hf methods` lists presets"
+        f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id of an artefact, which looks like "
+        "user/name; `sparse-hf methods` lists presets"
     )
 
 

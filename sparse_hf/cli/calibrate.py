@@ -155,7 +155,7 @@ def _run(kind: type[Calibrator], options: Any, common: Common) -> None:
 
 
 def _check(common: Common) -> None:
-    """Raises ValueError for a model that is not found, an unknown dtype, or a length that the model's positions do not reach."""
+    """Raises ValueError for a model that is not found, an unknown dtype, or a length beyond the model's positions."""
     from transformers import AutoConfig
 
     if common.dtype not in ("auto", "float32", "bfloat16", "float16"):
