@@ -10,6 +10,7 @@ from pathlib import Path
 from sparse_hf.artefact import ADAPTER_ALONE, CONFIG_FILE, load_artefact
 from sparse_hf.config import HEAD_MASKS_FILE
 from sparse_hf.lora import ADAPTER_CONFIG_FILE, ADAPTER_FILES
+from sparse_hf.presets import names_preset
 
 ARTEFACT_FILES = (CONFIG_FILE, HEAD_MASKS_FILE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -34,6 +35,13 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
     """
     if Path(spec).is_dir():
         return Path(spec)
+    if names_preset(spec):
+        raise ValueError(
+            f"{spec!r} is a preset and names no model; name one, as in `sparse-hf eval {spec} --model MODEL`, "
+            f"`sparse-hf generate MODEL --sparse {spec}` or sparsify(model, {spec!r})"
+        )
+    if "/" not in spec:  # most likely a misspelt preset: the Hub, which retries for long, has no such artefacts
+        raise ValueError(_nothing(spec))
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -45,7 +53,7 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
             for name in ADAPTER_FILES:
                 hf_hub_download(spec, name, revision=config.parent.name, token=token)
     except HFValidationError as error:
-        raise ValueError(f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id") from error
+        raise ValueError(_nothing(spec)) from error
     except LocalEntryNotFoundError as error:
         cause = one_line(error.__cause__ or error)
         raise ValueError(f"{spec!r} is no folder here, and the Hub cannot be reached for it: {cause}") from error
@@ -60,6 +68,13 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
             f"{spec!r} is no preset or folder here, and the Hub refuses {where}: {one_line(error)}"
         ) from error
     return config.parent
+
+
+def _nothing(spec: str) -> str:
+    return (
+        f"{spec!r} is neither a preset, a folder here, a file, nor a Hub id of an artefact, which looks like "
+        "user/name; `sparse-hf methods` lists presets"
+    )
 
 
 def _names_adapter(config: Path) -> bool:

@@ -1,6 +1,7 @@
 """The docs say what the figures say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +27,19 @@ def test_figures_have_the_schema_and_a_commit(path: Path, figure_keys: set[str])
         assert row["commit"] and "+" not in row["commit"], "measure figures on a commit, not on changed files"
 
 
-def test_readme_is_short_and_its_links_lead_somewhere() -> None:
-    import re
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 250
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
-                assert (document.parent / target).exists(), f"{document.name}: {target}"
+                file = document.parent / target if target else document
+                assert file.exists(), f"{document.name}: {target}"
+                assert not anchor or anchor in anchors(file), f"{document.name}: {target}#{anchor}"

@@ -80,7 +80,7 @@ def remedy() -> str | None:
     wheel = ptxas_of_wheel()
     if wheel is not None and wheel.is_safe:
         return f"export {VARIABLE}={wheel.path}"
-    return f'pip install "{REQUIREMENT}", then {VARIABLE} as `sparse-hf env` says'
+    return f'pip install "{REQUIREMENT}", then `sparse-hf env` for the line that sets {VARIABLE}'
 
 
 @lru_cache(maxsize=1)

@@ -145,8 +145,8 @@ def inference(
     cases: Annotated[
         str,
         typer.Option(
-            help="Of short prompt, first token, prefill, decode, graph decode, longest context, separated by commas; "
-            "all by default."
+            help="Of short prompt, first token, prefill, decode kernel, decode, graph decode, longest context, "
+            "separated by commas; all by default."
         ),
     ] = "",
     variants: Annotated[

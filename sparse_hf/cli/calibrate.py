@@ -155,12 +155,16 @@ def _run(kind: type[Calibrator], options: Any, common: Common) -> None:
 
 
 def _check(common: Common) -> None:
-    """Raises ValueError for an unknown dtype, or a length that the model's positions do not reach."""
+    """Raises ValueError for a model that is not found, an unknown dtype, or a length beyond the model's positions."""
     from transformers import AutoConfig
 
     if common.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {common.dtype!r}")
-    limit = getattr(AutoConfig.from_pretrained(common.model), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(common.model)
+    except OSError as error:
+        raise ValueError(f"model {common.model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and common.seq_len > limit:
         raise ValueError(f"--seq-len {common.seq_len} is beyond the model's {limit} positions; lower it")
 

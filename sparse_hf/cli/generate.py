@@ -98,6 +98,8 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error.reason}); convert it first") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give a text file, or - for stdin") from error
 
 
 def encode(tokenizer: Any, text: str, *, raw: bool) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def test_times_are_those_of_tokens(demo_model: Path, monkeypatch: pytest.MonkeyP
         (["MODEL", "Hi"], "is a model and no artefact; say how it shall be sparse with --sparse"),
         (["MODEL", " ", "--sparse", "streaming"], "the prompt is empty; give it as the second argument"),
         (["MODEL", "Hi", "--prompt-file", "x", "--sparse", "streaming"], "give one of them"),
-        (["MODEL", "--prompt-file", "missing.txt", "--sparse", "streaming"], "missing.txt"),
+        (["MODEL", "--prompt-file", "missing.txt", "--sparse", "streaming"], "give a text file, or - for stdin"),
+        (["MODEL", "Hi", "--sparse", "streming"], "`sparse-hf methods` lists presets"),
         (
             ["MODEL", "Hi", "--sparse", "no preset"],
             "'no preset' is neither a preset, a folder here, a file, nor a Hub id",

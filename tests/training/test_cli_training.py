@@ -75,7 +75,7 @@ def test_eval_of_a_preset_on_a_model(model_folder: Path, run_main: Run, text_fil
     assert report["about"]["sparsity"] == "4 of 4 KV heads sparse (100.0%)"
     code, _, error = run_main("eval", "streaming", *options, "--strict-length")
     assert code == 1 and error.splitlines()[-1].startswith("error: 300 tokens are less")
-    listed = CliRunner().invoke(build_app(), ["eval", "x", "--list-tasks", "--json"])
+    listed = CliRunner().invoke(build_app(), ["eval", "--list-tasks", "--json"])
     assert "niah_multikey_3" in [row["task"] for row in json.loads(listed.stdout)]
 
 
@@ -84,6 +84,9 @@ def test_eval_of_a_preset_on_a_model(model_folder: Path, run_main: Run, text_fil
     [
         (["train", "none.yaml"], "no such file: none.yaml"),
         (["train", "{config}", "masks.target=1"], "config.yaml.masks: unknown keys ['target']"),
+        (["demo", "--output", "{config}"], "is no folder; choose another name with --output"),
+        (["eval"], "nothing to measure; give a run"),
+        (["eval", "streaming"], "'streaming' is a preset and names no model; name one"),
         (["eval", "{folder}", "--text", "x.txt"], "holds no artefact"),
         (["eval", "{folder}", "--tasks", "haystack"], "unknown task 'haystack'"),
         (["eval", "{folder}", "--tasks", "vt:num_hops=many"], "expected option=NUMBER"),
@@ -99,6 +102,14 @@ def test_errors_are_one_line(
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
+
+
+def test_bf16_without_a_gpu_names_the_remedy(
+    run_yaml: Callable[..., Path], run_main: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    code, _, error = run_main("train", str(run_yaml()), "trainer={bf16: true, max_steps: 1}")
+    assert code == 1 and error.strip().endswith("To train on a CPU, add trainer.use_cpu=true.")
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "eval", "compare"])

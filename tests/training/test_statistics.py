@@ -89,6 +89,13 @@ def test_wilson_has_a_width_at_one() -> None:
     assert 0.97 < low < 0.99 and high == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("count", [1, 4, 24, 40, 69, 200])  # rounding put the limit on the wrong side of most of these
+def test_a_share_lies_within_its_interval(count: int) -> None:
+    for exact in (0, count // 2, count):
+        low, high = wilson_interval(exact, count)
+        assert 0 <= low <= exact / count <= high <= 1
+
+
 def seeds_of_samples(rng: np.random.Generator, chances: np.ndarray) -> list[list[bool]]:
     """[NUM_SEEDS][num_samples] outcomes, of samples that are answered with these chances."""
     return (rng.random((NUM_SEEDS, len(chances))) < chances).tolist()  # type: ignore[no-any-return]

@@ -72,9 +72,10 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
     Raises:
         ValueError: for values that `TrainingArguments` does not take.
     """
+    chosen = _chosen(config)
     try:
         arguments = TrainingArguments(
-            **_chosen(config),
+            **chosen,
             output_dir=str(output),
             remove_unused_columns=False,
             prediction_loss_only=True,
@@ -82,6 +83,10 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
         )
     except (TypeError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from error
+    except ValueError as error:
+        if chosen.get("use_cpu") or not chosen.get("bf16"):
+            raise
+        raise ValueError(f"{error} To train on a CPU, add trainer.use_cpu=true.") from error
     allow_fsdp_on_cpu(arguments)
     if arguments.n_gpu > 1:
         # Several GPUs and no launcher: one is used. torch.nn.DataParallel would copy the model without its gates.

@@ -11,7 +11,9 @@ import typer
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(help="Artefact, run or Hub id; with --model also a preset or a file.")],
+    target: Annotated[
+        str | None, typer.Argument(help="Artefact, run or Hub id; with --model also a preset or a file.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text: file, folder or Hub data set.")] = None,
     model: Annotated[str | None, typer.Option(help="Model for a TARGET that names none.")] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sample and row.")] = 2048,
@@ -46,6 +48,8 @@ def evaluate(
         from sparse_hf_training.evaluation.page import one_page
 
         if not list_tasks:
+            if target is None:
+                raise ValueError("nothing to measure; give a run, an artefact or a Hub id, or a preset with --model")
             options = EvaluationOptions(
                 target=target,
                 text=text,

@@ -169,6 +169,8 @@ def run_demo(
 def _clear(output: Path) -> None:
     if not output.exists():
         return
+    if not output.is_dir():
+        raise ValueError(f"{output} is no folder; choose another name with --output")
     try:
         earlier = RunConfig.load(output / MASKS_FOLDER / CONFIG_NAME)
         own = Path(earlier.model) == MODEL

@@ -63,7 +63,8 @@ def wilson_interval(num_exact: float, num_samples: float) -> Interval:
     middle = share + z2 / (2 * num_samples)
     reach = NORMAL_95 * (share * (1 - share) / num_samples + z2 / (4 * num_samples**2)) ** 0.5
     low, high = ((middle + sign * reach) / (1 + z2 / num_samples) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
+    # At 0 and 1 the share is a limit itself, which rounding would miss by a bit on its inner side.
+    return min(max(low, 0.0), share), max(min(high, 1.0), share)
 
 
 def paired_counts(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, int, int]:
