@@ -30,8 +30,7 @@ def pareto_chart(comparison: Comparison) -> str:
         }
         x = 100 * point.kv_share
         for axes, scale, (value, (low, high)) in ((recall, 1, point.recall), (loss, 100, point.loss)):
-            # Rounding may leave a share of 1 above the end of its own interval; bars have no negative length.
-            spread = [[max(0.0, scale * (value - low))], [max(0.0, scale * (high - value))]]
+            spread = [[scale * (value - low)], [scale * (high - value)]]
             axes.errorbar(x, scale * value, yerr=spread, **style)
     _join(recall, [(100 * p.kv_share, p.recall[0]) for p in points if p.best_recall])
     _join(loss, [(100 * p.kv_share, 100 * p.loss[0]) for p in points if p.best_loss])
