@@ -22,7 +22,12 @@ from sparse_hf_training.data import PackedTextDataset, pack_documents, text_docu
 from sparse_hf_training.evaluation.footprint import Footprint
 from sparse_hf_training.evaluation.lab import Lab
 from sparse_hf_training.evaluation.losses import TextLoss
-from sparse_hf_training.evaluation.statistics import design_effect, paired_difference_interval, wilson_interval
+from sparse_hf_training.evaluation.statistics import (
+    bootstrap_interval,
+    design_effect,
+    paired_difference_interval,
+    wilson_interval,
+)
 from sparse_hf_training.evaluation.variant import TaskOutcome, VariantResult
 from sparse_hf_training.study.bench import Bench
 from sparse_hf_training.study.figures import study_figures
@@ -254,6 +259,24 @@ def test_intervals_are_over_the_samples_that_all_seeds_answer() -> None:
     # Seeds that found the same heads say what one says.
     one, same = figures(seeds[:1]), figures(seeds[:1] * 3)
     assert one.pop("seeds") == 1 and same.pop("seeds") == 3 and one == same
+
+
+def test_recipes_are_compared_with_the_recommended_one_sample_by_sample() -> None:
+    yes, no = True, False
+    dense = result_of(easy=(yes,) * 4, hard=(yes,) * 4)
+    ours = [result_of(easy=(yes,) * 4, hard=(yes, yes, no, no)), result_of(easy=(yes,) * 4, hard=(yes, yes, yes, no))]
+    theirs = result_of(easy=(yes, yes, yes, no), hard=(yes, no, no, no))
+    units = {replace(unit("elimination"), seed=seed): result for seed, result in enumerate(ours)}
+    units[unit("random")] = theirs
+    rows = study_figures(dense, units, dict.fromkeys(units))
+    found = {row.case.removeprefix("masks only, 50% sparse, random: "): row.value for row in rows}
+    assert found["recall, minus elimination"] == pytest.approx((0 + 0 + 0 - 1 + 0 - 1 - 0.5 + 0) / 8)
+    assert found["worst task, minus elimination"] == pytest.approx((0 - 1 - 0.5 + 0) / 4), "of the hard task"
+    ends = [found[f"worst task, minus elimination (95% {end})"] for end in ("low", "high")]
+    assert ends == list(bootstrap_interval([0.0, -1.0, -0.5, 0.0])) and ends[0] < -0.375 < ends[1]
+    assert not any("elimination: " in row.case and "minus" in row.case for row in rows), "not with itself"
+    alone = study_figures(dense, {unit("random"): theirs}, {unit("random"): None})
+    assert not any("minus" in row.case for row in alone)
 
 
 def test_figures_hold_the_mean_cost_of_the_seeds() -> None:

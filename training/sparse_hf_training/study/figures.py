@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparse_hf.figures import Figure
+from sparse_hf_training.evaluation.statistics import bootstrap_interval
 from sparse_hf_training.evaluation.variant import VariantResult
-from sparse_hf_training.evaluation.worst_task import Outcomes, answered_by_dense, recall_figures
+from sparse_hf_training.evaluation.worst_task import Outcomes, answered_by_dense, recall_figures, worst_task
 from sparse_hf_training.study.ranking import Ranking
 from sparse_hf_training.study.study import Unit
 
 STAGE_TITLES = {"masks": "masks only", "masks_and_weights": "masks and weights"}
+
+RECOMMENDED = "elimination"
+"""The recipe that the others are compared with."""
 
 
 def study_figures(
@@ -22,6 +26,7 @@ def study_figures(
     Tasks that dense fails are left out. A case reads "masks only, 75% sparse, RECIPE: COLUMN", as
     `scripts/make_tables.py` wants it for a grid. Intervals are over samples, each of which all seeds answer
     (`recall_figures`); the lowest seed stands beside them, since samples do not tell how another seed would differ.
+    Where `RECOMMENDED` was measured the others have what they differ by from it, sample by sample.
 
     Args:
         dense: what all are compared with.
@@ -38,7 +43,11 @@ def study_figures(
     figures: list[Figure] = []
     for (stage, sparsity, recipe), units in groups.items():
         title = f"{STAGE_TITLES[stage]}, {100 * sparsity:g}% sparse, {recipe}"
-        figures += _recipe_figures(title, dense, [found[unit] for unit in units], names)
+        results = [found[unit] for unit in units]
+        figures += _recipe_figures(title, dense, results, names)
+        others = groups.get((stage, sparsity, RECOMMENDED), [])
+        if others and recipe != RECOMMENDED:
+            figures += _differences(title, dense, results, [found[unit] for unit in others], names)
         figures += _cost_figures(title, [ranking for unit in units if (ranking := rankings[unit]) is not None])
     return figures
 
@@ -86,6 +95,38 @@ def _recipe_figures(
         differing = sum(task.num_differing for result in results for task in result.tasks)
         add("of them, other answers", float(differing), "count", lower=True, baseline=0.0)
     return figures
+
+
+def _differences(
+    title: str,
+    dense: VariantResult,
+    results: Sequence[VariantResult],
+    others: Sequence[VariantResult],
+    names: Sequence[str],
+) -> list[Figure]:
+    """Recall over all tasks, and of the recipe's own worst task, minus that of `RECOMMENDED`: means over the seeds of
+    both, with a bootstrap interval over samples."""
+    each = {name: [a - b for a, b in zip(_means(results, name), _means(others, name), strict=True)] for name in names}
+    runs = {name: [right for result in results for right in _outcomes(result)[name]] for name in names}
+    worst, _ = worst_task(runs, _outcomes(dense))
+    columns = {"recall": [value for name in names for value in each[name]], "worst task": each[worst]}
+    figures = []
+    for column, values in columns.items():
+        low, high = bootstrap_interval(values)
+        ends = {"": sum(values) / len(values), " (95% low)": low, " (95% high)": high}
+        figures += [
+            Figure(
+                case=f"{title}: {column}, minus {RECOMMENDED}{end}", value=value, unit="share", lower_is_better=False
+            )
+            for end, value in ends.items()
+        ]
+    return figures
+
+
+def _means(results: Sequence[VariantResult], task: str) -> list[float]:
+    """The share of seeds that answered each sample."""
+    outcomes = [_outcomes(result)[task] for result in results]
+    return [sum(seeds) / len(seeds) for seeds in zip(*outcomes, strict=True)]
 
 
 def _outcomes(result: VariantResult) -> Outcomes:
