@@ -345,3 +345,24 @@ def test_a_launch_of_more_programs_than_fit_is_refused(make_case: Callable, grou
     if fit <= launch.decode_config(q.shape[3], case.storage.keys.element_size()).programs:  # for which there is scratch
         kernel[(processors * fit, 1, 1)](*arguments, *constants)
         assert case.storage.state.tolist() == [5002, 5002] and out.isfinite().all()
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_growth_leaves_no_blocks_behind(scarce: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers with two and with three linear heads, where memory is scarce; elsewhere torch keeps them for later."""
+    device, mib, ring = torch.device("cuda", torch.cuda.current_device()), 2**20, HeadStorage(recent=63)
+    _, total = torch.cuda.mem_get_info(device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None: (0 if scarce else total, total))
+    torch.cuda.empty_cache()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    options: dict[str, Any] = {"batch": 1, "head_dim": 128, "value_dim": 128, "dtype": torch.bfloat16, "device": device}
+    storages = [
+        KVStorage(StorageLayout(heads=(HeadStorage(),) * linear + (ring,)), capacity=65536, **options)
+        for linear in (2, 3, 2, 3, 3, 2)
+    ]
+    for tokens in range(65536, 131072, 8192):
+        for storage in storages:
+            storage.grow(tokens + 8192)
+    left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unused
+    # The last storage to grow leaves its old tensors.
+    assert (left < 2 * 64 * mib) == scarce, f"{left / mib:.0f} MiB"
