@@ -21,14 +21,14 @@ from typing import get_args
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_hf.calibrate.text import CalibrationText
 from sparse_hf.figures import Figure, command_line, write_figures
 from sparse_hf.methods import Method, Streaming, Triangle, XAttention
 from sparse_hf.plots import has_matplotlib
 from sparse_hf.progress import progress_bar
-from sparse_hf_training.data import PackedTextDataset, pack_documents, text_documents
+from sparse_hf_training.data import DocumentStore, PackedTextDataset, pack_documents, text_documents
 from sparse_hf_training.demo.recipe import ASSETS, MODEL, NUM_SINK_TOKENS, WINDOW_SIZE
 from sparse_hf_training.evaluation.command import parse_tasks
 from sparse_hf_training.evaluation.lab import Answers, Lab, check_length
@@ -112,8 +112,8 @@ def load_model(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)  # type: ignore[no-any-return]
 
 
-def packed_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PackedTextDataset:
-    return PackedTextDataset(pack_documents(text_documents(texts, tokenizer), seq_len)[0])
+def packed_rows(documents: DocumentStore, seq_len: int) -> PackedTextDataset:
+    return PackedTextDataset(pack_documents(documents, seq_len)[0])
 
 
 def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
@@ -121,12 +121,14 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
     held text. All can be pickled."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     train, held = (list(CalibrationText(path=path).documents()) for path in (options.data, options.held))
+    # Most of what preparing takes: once for rows of all lengths.
+    documents = DocumentStore.from_documents(text_documents(train, tokenizer))
     bench = Bench(
         load=partial(load_model, options.model),
         tokenizer=tokenizer,
         branch=branch(options, options.train_window),
         filler=Filler.from_texts(train, tokenizer),
-        rows=packed_rows(train, tokenizer, options.train_seq_len),
+        rows=packed_rows(documents, options.train_seq_len),
         tasks=parse_tasks(options.train_tasks),
         seq_len=options.train_seq_len,
         batch_size=options.train_batch,
@@ -135,7 +137,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
     tuning = replace(
         bench,
         branch=branch(options, options.window),
-        rows=packed_rows(train, tokenizer, options.tune_seq_len),
+        rows=packed_rows(documents, options.tune_seq_len),
         tasks=parse_tasks(options.tune_tasks),
         seq_len=options.tune_seq_len,
         batch_size=options.tune_batch,
@@ -145,7 +147,7 @@ def prepare(options: argparse.Namespace) -> tuple[Bench, Bench, Lab]:
         tokenizer=tokenizer,
         tasks=parse_tasks(options.tasks),
         filler=Filler.from_texts(held, tokenizer),
-        rows=packed_rows(held, tokenizer, options.seq_len),
+        rows=packed_rows(DocumentStore.from_documents(text_documents(held, tokenizer)), options.seq_len),
         seq_len=options.seq_len,
         num_samples=options.samples,
         num_rows=options.rows,
