@@ -52,7 +52,7 @@ def _give_back_blocks(device: torch.device) -> None:
 
     Every growth leaves blocks that are too small for the next one, of as many sizes as layers have numbers of linear
     heads. torch cuts smaller tensors from the larger blocks, and what is left of those serves nobody: a cache of 70%
-    streaming heads lost a quarter of the GPU that way.
+    streaming heads held a fifth less that way.
     """
     if device.type != "cuda":
         return
