@@ -33,8 +33,8 @@ _REMEDIES = {"lm-eval": 'pip install "sparse-hf[train,eval]"'}
 
 _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect, "sparse-hf inspect RUN/artefact --seq-len 131072"),
-    "export": (export, "sparse-hf export RUN --output my-masks --push user/name --private"),
-    "import": (import_, "sparse-hf import duo PATTERN_FOLDER --model meta-llama/Llama-3.1-8B --output my-masks"),
+    "export": (export, "sparse-hf export RUN --out my-masks --push user/name --private"),
+    "import": (import_, "sparse-hf import duo PATTERN_FOLDER --model meta-llama/Llama-3.1-8B --out my-masks"),
     "methods": (methods, "sparse-hf methods --json"),
     "env": (env, "sparse-hf env --json"),
     "generate": (generate, "sparse-hf generate meta-llama/Llama-3.1-8B-Instruct --sparse user/masks 'Who are you?'"),

@@ -38,7 +38,7 @@ class Format(StrEnum):
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_ARTEFACT", help="Training run, or artefact.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder to write; a file for all but artefact, duo, native.")
+        Path | None, typer.Option("--out", help="Folder to write; a file for all but artefact, duo, native.")
     ] = None,
     format: Annotated[
         Format,
@@ -54,11 +54,11 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Hub repository to write.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch of the repository to write to.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds of the kind.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of the kind.")] = False,
 ) -> None:
     """Copy an artefact to a folder, push it to the Hub, or both; or write it for another project."""
     if output is None and (push is None or format is not Format.artefact):
-        raise typer.BadParameter("say where to: --output DIR, --push USER/NAME, or both")
+        raise typer.BadParameter("say where to: --out DIR, --push USER/NAME, or both")
     _check_options(format, push, model, model_type, coefficients, target_sparsity)
     folder = find_artefact(source)
     base = load_artefact(folder).base_model_name_or_path

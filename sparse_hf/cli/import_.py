@@ -47,7 +47,7 @@ def import_(
     source: Annotated[Source, typer.Argument(help="Who wrote the file.", show_default=False)],
     path: Annotated[Path, typer.Argument(help="The file, or (duo, prulong) its folder.")],
     model: Annotated[str, typer.Option(help="Model folder or Hub id; only its config.json is read.")],
-    output: Annotated[Path, typer.Option(help="Artefact to write.")],
+    output: Annotated[Path, typer.Option("--out", help="Artefact to write.")],
     head_sparsity: Annotated[float | None, typer.Option(help="duo: share of sparse heads, by default 0.5.")] = None,
     threshold: Annotated[float | None, typer.Option(help="duo: heads with a lower gate become sparse.")] = None,
     num_sink_tokens: Annotated[int | None, typer.Option(help="By default the table's own, or 128 (prulong).")] = None,
@@ -55,7 +55,7 @@ def import_(
     stride: Annotated[int | None, typer.Option(help="xattention: 4, 8 or 16; by default the table's own.")] = None,
     table: Annotated[str | None, typer.Option(help="xattention: which of several tables of the file.")] = None,
     block_size: Annotated[int | None, typer.Option(help="minference, xattention: 128 (default) or 64.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artefact in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artefact in --out.")] = False,
 ) -> None:
     """Make an artefact of DuoAttention's gates, PruLong's masks, MInference's patterns or XAttention's thresholds."""
     settings = {

@@ -138,13 +138,13 @@ def test_inspect_plots(run_folder: Path, tmp_path: Path) -> None:
 def test_export_copies_a_run(run_folder: Path, tmp_path: Path) -> None:
     (run_folder / "artefact" / "README.md").unlink()
     output = tmp_path / "copies" / "mine"
-    assert "wrote" in invoke("export", run_folder, "--output", output).output
+    assert "wrote" in invoke("export", run_folder, "--out", output).output
     assert torch.equal(load_artefact(output).head_masks, MASKS)
     assert (output / "README.md").is_file()
     (output / "stale").write_text("x")
-    invoke("export", output, "--output", output, "--overwrite")
+    invoke("export", output, "--out", output, "--overwrite")
     assert (output / "stale").is_file()  # a copy of itself
-    invoke("export", run_folder, "--output", output, "--overwrite")
+    invoke("export", run_folder, "--out", output, "--overwrite")
     assert not (output / "stale").exists()
 
 
@@ -154,7 +154,7 @@ def test_export_pushes_what_it_wrote(run_folder: Path, tmp_path: Path, monkeypat
         "sparse_hf.cli.export.push_to_hub", lambda *args, **kwargs: calls.append((args, kwargs)) or "url"
     )
     invoke("export", run_folder, "--push", "me/a", "--private", "--revision", "b")
-    invoke("export", run_folder, "--push", "me/a", "--output", tmp_path / "o")
+    invoke("export", run_folder, "--push", "me/a", "--out", tmp_path / "o")
     assert calls == [
         ((run_folder / "artefact", "me/a"), {"private": True, "revision": "b"}),
         ((tmp_path / "o", "me/a"), {"private": None, "revision": None}),
@@ -166,7 +166,7 @@ def test_import_duo(model_folder: Path, tmp_path: Path) -> None:
     pattern.mkdir()
     (pattern / "full_attention_heads.tsv").write_text("0.9\t0.1\n0.2\t0.3\n")
     (pattern / "config.json").write_text('{"sink_size": 4, "recent_size": 8}')
-    command = ("import", "duo", pattern, "--model", model_folder, "--output", tmp_path / "out")
+    command = ("import", "duo", pattern, "--model", model_folder, "--out", tmp_path / "out")
     assert "2 of 4 heads sparse" in invoke(*command).output.replace("\n", "")
     artefact = load_artefact(tmp_path / "out")
     assert artefact.head_masks.tolist() == [[1, 0], [0, 1]]
@@ -185,7 +185,7 @@ def test_import_duo(model_folder: Path, tmp_path: Path) -> None:
 def test_import_prulong(model_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "masks.tsv"
     table.write_text("1\t0\n0\t0\n")
-    command = ("import", "prulong", table, "--model", model_folder, "--output", tmp_path / "out")
+    command = ("import", "prulong", table, "--model", model_folder, "--out", tmp_path / "out")
     invoke(*command)
     assert load_artefact(tmp_path / "out").config.sparse == Streaming(num_sink_tokens=128, window_size=1024)
     invoke(*command, "--num-sink-tokens", "2", "--window-size", "6", "--overwrite")

@@ -60,11 +60,11 @@ def test_no_arguments_print_help(run_main: Run) -> None:
         (("inspect", "{model}", "--sparse", "duo_attention"), "head masks from a file"),
         (("inspect", "{tmp}/x", "--sparse", "dense"), "x"),
         (("inspect", "{model}", "--sparse", "{tmp}/none.yaml"), "no such file"),
-        (("export", "{tmp}", "--output", "{tmp}/out"), "holds no artefact"),
-        (("export", "{run}", "--output", "{run}"), "exists already"),
-        (("export", "{run}", "--output", "{run}", "--overwrite"), "holds other files"),
-        (("export", "{run}/artefact", "--output", "{run}/artefact/inner"), "lies inside the artefact"),
-        (("import", "duo", "{tmp}/no.tsv", "--model", "{model}", "--output", "{tmp}/out"), "no such file"),
+        (("export", "{tmp}", "--out", "{tmp}/out"), "holds no artefact"),
+        (("export", "{run}", "--out", "{run}"), "exists already"),
+        (("export", "{run}", "--out", "{run}", "--overwrite"), "holds other files"),
+        (("export", "{run}/artefact", "--out", "{run}/artefact/inner"), "lies inside the artefact"),
+        (("import", "duo", "{tmp}/no.tsv", "--model", "{model}", "--out", "{tmp}/out"), "no such file"),
     ],
 )
 def test_errors_take_one_line(
@@ -84,8 +84,8 @@ def test_errors_take_one_line(
         ("inspect", "x", "--seq-len", "0"),
         ("inspect", "x", "--seq-len", "many"),
         ("export", "x"),
-        ("import", "other", "x", "--model", "m", "--output", "o"),
-        ("import", "prulong", "x", "--output", "o"),
+        ("import", "other", "x", "--model", "m", "--out", "o"),
+        ("import", "prulong", "x", "--out", "o"),
     ],
 )
 def test_usage_errors_exit_with_2(run_main: Run, args: tuple[str, ...]) -> None:
@@ -109,7 +109,7 @@ def test_interrupts_and_system_errors(
         raise error
 
     monkeypatch.setattr("sparse_hf.cli.export.copy_artefact", fail)
-    assert run_main("export", run_folder, "--output", "anywhere")[0] == code
+    assert run_main("export", run_folder, "--out", "anywhere")[0] == code
 
 
 def test_defects_keep_their_traceback(run_main: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_defects_keep_their_traceback(run_main: Run, run_folder: Path, monkeypat
 
     monkeypatch.setattr("sparse_hf.cli.export.copy_artefact", fail)
     with pytest.raises(AssertionError, match="a defect"):
-        run_main("export", run_folder, "--output", "anywhere")
+        run_main("export", run_folder, "--out", "anywhere")
 
 
 def _entry(name: str, value: str) -> EntryPoint:

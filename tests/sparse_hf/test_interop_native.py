@@ -179,7 +179,7 @@ def test_native_on_the_command_line(tmp_path: Path) -> None:
     folder = save_artefact(
         sparsify(model, LAYERS), tmp_path / "artefact", base_model_name_or_path=str(tmp_path / "base")
     )
-    args = ["export", str(folder), "--format", "native", "--output", str(tmp_path / "out")]
+    args = ["export", str(folder), "--format", "native", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(build_app(), args)
     assert result.exit_code == 0, result.output + repr(result.exception)
     config = AutoConfig.from_pretrained(tmp_path / "out")

@@ -209,13 +209,13 @@ def test_minference_on_the_command_line(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path / "model")
     source = dump(tmp_path / "a.json", best_pattern())
     artefact, out = tmp_path / "artefact", tmp_path / "b.json"
-    invoke("import", "minference", source, "--model", tmp_path / "model", "--output", artefact)
+    invoke("import", "minference", source, "--model", tmp_path / "model", "--out", artefact)
     model = sparsify(LlamaForCausalLM(CONFIG).eval(), artefact)
     assert model(torch.arange(64)[None]).logits.isfinite().all()
-    invoke("export", artefact, "--format", "minference", "--output", out)
+    invoke("export", artefact, "--format", "minference", "--out", out)
     assert json.loads(out.read_text()) == json.loads(source.read_text()), "scores too"
     assert "is for xattention" in invoke(
-        "import", "minference", source, "--model", tmp_path / "model", "--output", artefact, "--stride", "8", code=2
+        "import", "minference", source, "--model", tmp_path / "model", "--out", artefact, "--stride", "8", code=2
     ).output.replace("\n", " ")
 
 
@@ -313,9 +313,9 @@ def test_xattention_on_the_command_line(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path / "model")
     source = write(tmp_path / "a.py", f"fuse_8 = {thresholds()}")
     artefact, out = tmp_path / "artefact", tmp_path / "b.py"
-    invoke("import", "xattention", source, "--model", tmp_path / "model", "--output", artefact)
+    invoke("import", "xattention", source, "--model", tmp_path / "model", "--out", artefact)
     sparsify(LlamaForCausalLM(CONFIG), artefact)
-    invoke("export", artefact, "--format", "xattention", "--output", out)
+    invoke("export", artefact, "--format", "xattention", "--out", out)
     assert import_xattention(out, CONFIG) == import_xattention(source, CONFIG)
 
 
@@ -377,18 +377,18 @@ def test_formats_on_the_command_line(tmp_path: Path) -> None:
     model = sparsify(LlamaForCausalLM(CONFIG), SparseConfig(sparse=XAttention(sparsity_ratio=0.5)))
     folder = save_artefact(model, tmp_path / "artefact", base_model_name_or_path="me/base")
     out = tmp_path / "a.json"
-    invoke("export", folder, "--format", "modelopt", "--coefficients", "7.5,8.25", "--output", out)
+    invoke("export", folder, "--format", "modelopt", "--coefficients", "7.5,8.25", "--out", out)
     group = json.loads(out.read_text())["sparse_attention_config"]["config_groups"]["group_0"]
     assert group["threshold_scale_factor"]["prefill"] == {"a": 7.5, "b": 8.25}
     for options, words in (
-        (("--format", "modelopt", "--output", out), "needs --coefficients A,B"),
-        (("--output", out, "--coefficients", "1,2"), "for --format modelopt"),
-        (("--output", out, "--model-type", "ministral"), "for --format native"),
-        (("--format", "duo", "--output", out, "--push", "me/a"), "--push is for artefacts"),
+        (("--format", "modelopt", "--out", out), "needs --coefficients A,B"),
+        (("--out", out, "--coefficients", "1,2"), "for --format modelopt"),
+        (("--out", out, "--model-type", "ministral"), "for --format native"),
+        (("--format", "duo", "--out", out, "--push", "me/a"), "--push is for artefacts"),
         (("--format", "duo"), "say where to"),
     ):
         assert words in " ".join(invoke("export", folder, *options, code=2).output.replace("│", " ").split())
     model = sparsify(LlamaForCausalLM(CONFIG), SparseConfig(sparse=Streaming(num_sink_tokens=2, window_size=5)))
     folder = save_artefact(model, tmp_path / "other", base_model_name_or_path="me/base")
-    invoke("export", folder, "--format", "duo", "--output", tmp_path / "duo")
+    invoke("export", folder, "--format", "duo", "--out", tmp_path / "duo")
     assert load_artefact(folder).head_masks.sum() == 0 and (tmp_path / "duo" / "full_attention_heads.tsv").is_file()

@@ -42,7 +42,7 @@ def test_train_then_eval(run_yaml: Callable[..., Path], run_main: Run, text_file
 
     figures = tmp_path / "figures.json"
     options = ["--text", str(text_file), "--seq-len", "560", "--num-samples", "1", "--num-rows", "1", "--quick"]
-    judged = sparse_hf("eval", str(out), *options, "--output", str(figures), "--json")
+    judged = sparse_hf("eval", str(out), *options, "--figures", str(figures), "--json")
     assert judged.returncode == 0, judged.stderr[-2000:]
     found = json.loads(judged.stdout)
     # The model is tiny and random: it answers nothing, dense or sparse, and the report sets all of it apart.
@@ -84,7 +84,7 @@ def test_eval_of_a_preset_on_a_model(model_folder: Path, run_main: Run, text_fil
     [
         (["train", "none.yaml"], "no such file: none.yaml"),
         (["train", "{config}", "masks.target=1"], "config.yaml.masks: unknown keys ['target']"),
-        (["demo", "--output", "{config}"], "is no folder; choose another name with --output"),
+        (["demo", "--out", "{config}"], "is no folder; choose another name with --out"),
         (["eval"], "nothing to measure; give a run"),
         (["eval", "streaming"], "'streaming' is a preset and names no model; name one"),
         (["eval", "{folder}", "--text", "x.txt"], "holds no artefact"),

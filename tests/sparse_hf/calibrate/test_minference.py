@@ -253,7 +253,7 @@ def test_command_and_export(model_folder: Path, words_file: Path, tiny_model: Pr
         unsparsify(tiny_model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        export = ["export", tmp_path / "out", "--format", "minference", "--output", tmp_path / "best.json"]
+        export = ["export", tmp_path / "out", "--format", "minference", "--out", tmp_path / "best.json"]
         result = CliRunner().invoke(build_app(), list(map(str, export)))
     assert result.exit_code == 0, result.output + repr(result.exception)
     rows = json.loads((tmp_path / "best.json").read_text())

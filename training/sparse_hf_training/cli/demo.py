@@ -18,7 +18,9 @@ require("matplotlib")
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Run folder; an earlier demo there is replaced.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option("--out", help="Run folder; an earlier demo there is replaced.")] = Path(
+        "runs/demo"
+    ),
     seed: Annotated[int, typer.Option(help="Of data, gates and random heads.")] = 0,
     mask_steps: Annotated[int, typer.Option(min=1, help="Steps that learn the head masks.")] = 120,
     tune_steps: Annotated[int, typer.Option(min=1, help="Steps that fine-tune the weights under them.")] = 190,
@@ -27,7 +29,7 @@ def demo(
 ) -> None:
     """Learn which heads of a real Llama may be sparse, export, reload in a new process, generate, and judge.
 
-    Example: sparse-hf demo --output runs/demo
+    Example: sparse-hf demo --out runs/demo
     """
     with redirect_stdout(sys.stderr):  # some libraries print when they are imported
         from rich.console import Console

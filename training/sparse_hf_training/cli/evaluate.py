@@ -31,7 +31,7 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="What tables and plots call it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the cells and the report.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again under other settings.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Show the tasks and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -71,8 +71,8 @@ def evaluate(
                 overwrite=overwrite,
             )
             report, folder = evaluate_target(options, Console(stderr=True))
-            if output is not None:
-                write_figures(output, report.figures(), command=options.command)
+            if figures is not None:
+                write_figures(figures, report.figures(), command=options.command)
     if list_tasks:
         write_json(task_rows()) if as_json else write(*(f"{row['task']}: {row['asks']}" for row in task_rows()))
     elif as_json:

@@ -170,14 +170,14 @@ def _clear(output: Path) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise ValueError(f"{output} is no folder; choose another name with --output")
+        raise ValueError(f"{output} is no folder; choose another name with --out")
     try:
         earlier = RunConfig.load(output / MASKS_FOLDER / CONFIG_NAME)
         own = Path(earlier.model) == MODEL
     except ValueError:
         own = False
     if not own and any(output.iterdir()):
-        raise ValueError(f"{output} exists and is no earlier demo; choose another folder with --output")
+        raise ValueError(f"{output} exists and is no earlier demo; choose another folder with --out")
     shutil.rmtree(output)
 
 
