@@ -137,7 +137,9 @@ def test_hub_errors_become_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     "path", ["./missing", "/missing/folder", "~/missing-folder", "../x", "missing.parquet", "a/b.txt"]
 )
 @pytest.mark.usefixtures("no_hub")
-def test_missing_local_path_fails_at_once(path: str) -> None:
+def test_missing_local_path_fails_at_once(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # so that nobody's ../x lies beside
     with pytest.raises(ValueError, match="does not exist; give an existing file or folder"):
         load_text(TextSource(path=path))
 
