@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def import_duo_attention(
     sinks = _size(num_sink_tokens, settings, "sink_size", config_file, smallest=0)
     window = _size(window_size, settings, "recent_size", config_file, smallest=1)
     if threshold is not None:
+        if math.isnan(threshold):
+            raise ValueError("threshold must be a number, got NaN, which no gate reaches")
         masks = (scores >= threshold).long()
     else:
         share = settings.get("head_sparsity", DEFAULT_HEAD_SPARSITY) if head_sparsity is None else head_sparsity
@@ -72,6 +75,10 @@ def _size(given: int | None, settings: Mapping[str, Any], key: str, path: Path, 
     value = settings.get(key) if given is None else given
     if value is None:
         raise ValueError(f"{path} does not give {key!r}; pass num_sink_tokens and window_size")
+    return _checked_size(value, key, smallest)
+
+
+def _checked_size(value: Any, key: str, smallest: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
         raise ValueError(f"{key} must be an integer >= {smallest}, got {value!r}")
     return value
@@ -98,7 +105,7 @@ def export_duo_attention(
 
     Raises:
         ValueError: if the artefact holds what DuoAttention has no words for (another method, rules, a break-even
-            length), sizes are missing, or `out` exists.
+            length), sizes are missing or out of range, or `out` exists or holds weights.
         OSError: if writing fails; an old folder is then untouched.
     """
     scores: Tensor | None = None
@@ -114,6 +121,8 @@ def export_duo_attention(
         window_size = window if window_size is None else window_size
     if num_sink_tokens is None or window_size is None:
         raise ValueError("bare head masks carry no sizes; pass num_sink_tokens and window_size")
+    _checked_size(num_sink_tokens, "num_sink_tokens", 0)
+    _checked_size(window_size, "window_size", 1)
     head_sparsity = int((masks == 0).sum()) / masks.numel()
     exact = scores is not None and torch.equal(round_scores(scores, head_sparsity), masks)
     settings = {"sink_size": num_sink_tokens, "recent_size": window_size, "head_sparsity": head_sparsity}

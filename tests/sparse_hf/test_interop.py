@@ -188,6 +188,18 @@ def test_export_of_bare_masks(tmp_path: Path) -> None:
     assert torch.equal(import_duo_attention(out, shape).head_masks, 1 - masks)
     with pytest.raises(ValueError, match="of 0 and 1"):
         export_duo_attention(masks * 0.5, tmp_path / "b", num_sink_tokens=0, window_size=9)
+    with pytest.raises(ValueError, match="threshold must be a number, got NaN"):
+        import_duo_attention(out, shape, threshold=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((-1, 9), "num_sink_tokens must be an integer >= 0, got -1"), ((0, 0), "window_size must be an integer >= 1")],
+)
+def test_what_the_import_refuses_is_not_exported(sizes: tuple[int, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_duo_attention(torch.eye(2), tmp_path / "out", num_sink_tokens=sizes[0], window_size=sizes[1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
