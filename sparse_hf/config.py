@@ -102,7 +102,8 @@ class SparseConfig:
             object.__setattr__(self, "head_masks", _checked_rows(self.head_masks))
         if self.cache_policy not in get_args(CachePolicy):
             raise ValueError(f"cache_policy must be one of {get_args(CachePolicy)}, got {self.cache_policy!r}")
-        if self.min_seq_len != AUTO and (not isinstance(self.min_seq_len, int) or self.min_seq_len < 0):
+        # JSON's true would be a length of 1.
+        if self.min_seq_len != AUTO and (type(self.min_seq_len) is not int or self.min_seq_len < 0):
             raise ValueError(f'min_seq_len must be an integer >= 0 or "auto", got {self.min_seq_len!r}')
 
     @property

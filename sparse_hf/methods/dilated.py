@@ -64,9 +64,11 @@ class Dilated(Method):
     rates: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # JSON and YAML give lists.
-        object.__setattr__(self, "segments", tuple(self.segments))
-        object.__setattr__(self, "rates", tuple(self.rates))
+        for name in ("segments", "rates"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"dilated: {name} must be a list of integers, got {values!r}")
+            object.__setattr__(self, name, tuple(values))  # JSON and YAML give lists
         require_positive(self, "block_size", "num_window_blocks")
         require_not_negative(self, "num_sink_blocks")
         if len(self.segments) != len(self.rates):

@@ -38,7 +38,7 @@ class DynamicMethod(Method):
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"{self.name}: block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
 
     def pattern(self, place: HeadPlace = FIRST_HEAD) -> HeadPattern:

@@ -92,6 +92,8 @@ class MInference(DynamicMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.heads, list | tuple):
+            raise ValueError(f"minference: heads must be a list with an entry per query head, got {self.heads!r}")
         entries = tuple(self._entry(entry) for entry in self.heads)
         object.__setattr__(self, "heads", entries)
         for entry in (self._default, *entries):

@@ -41,7 +41,7 @@ class XAttention(DynamicMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride not in STRIDES:
+        if type(self.stride) is not int or self.stride not in STRIDES:
             raise ValueError(f"xattention: stride must be one of {STRIDES}, got {self.stride!r}")
         if isinstance(self.threshold, list):  # JSON and YAML give lists
             object.__setattr__(self, "threshold", tuple(self.threshold))
