@@ -26,6 +26,8 @@ from sparse_hf.lora import ADAPTER_FILES, base_module, has_adapter, holds_adapte
 CONFIG_FILE = "sparse_config.json"
 FORMAT_VERSION = 1
 PROBE_SIZE = 256
+WEIGHTS_FILES = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
+"""What transformers and peft name files of weights."""
 ADAPTER_ALONE = (
     ". It holds a LoRA adapter without the head masks that it was trained under; write both by "
     "save_artefact(model, ...), or load it by peft on a model that stays dense, if it was trained so"
@@ -71,20 +73,24 @@ class Artefact:
             raise ValueError(
                 f"this artefact was made for {self.base_model_name_or_path!r}; the model differs: {', '.join(differ)}"
             )
-        probe = weight_probe(model)
-        if self.probe is not None and probe is not None and not _same_weights(self.probe, probe):
+        # Earlier artefacts have the probe of a half.
+        probes = [weight_probe(model, half=half) for half in (False, True)]
+        if self.probe is not None and not any(probe is None or _same_weights(self.probe, probe) for probe in probes):
             raise ValueError(
                 f"this artefact was made for {self.base_model_name_or_path!r}; the model has the same shape but other "
                 "weights. If that is meant (a fine-tuned relative), pass check_base_model=False"
             )
 
 
-def weight_probe(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> Tensor | None:
+def weight_probe(
+    model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None, *, half: bool = False
+) -> Tensor | None:
     """`PROBE_SIZE` embedding weights in fp32, which casts leave recognisable; None where they are not in memory.
 
     Args:
         model: whose weights are asked for.
         state_dict: its whole weights, where its own are sharded.
+        half: read the first half of the rows, which moves with every added token.
     """
     weight = base_module(model.get_input_embeddings()).weight
     assert isinstance(weight, Tensor)
@@ -92,8 +98,9 @@ def weight_probe(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None
         weight = state_dict[next(name for name, own in model.named_parameters() if own is weight)]
     if weight.is_meta or weight.numel() < PROBE_SIZE:
         return None
-    # Rows of an extended vocabulary come last, so only the first rows are read.
-    flat = weight.detach()[: max(1, weight.shape[0] // 2)].flatten()
+    # Rows of an extended vocabulary come last: a power of two of the first rows stays the same when some are added.
+    rows = max(1, weight.shape[0] // 2)
+    flat = weight.detach()[: rows if half else 1 << rows.bit_length() - 1].flatten()
     # In integers: a float32 linspace rounds beyond the end of an 8B model's embedding.
     index = torch.arange(PROBE_SIZE) * (flat.numel() - 1) // (PROBE_SIZE - 1)
     return flat[index.to(flat.device)].float().cpu()
@@ -134,7 +141,7 @@ def save_artefact(
 
     Raises:
         ValueError: if the model is not sparsified, the scores do not fit it, the folder exists and `overwrite` is off,
-            or it holds something else than an artefact.
+            it holds something else than an artefact, or it holds weights and none would take their place.
         OSError: if writing fails (disk full); the old folder is then untouched.
     """
     from sparse_hf.patching import get_handle
@@ -198,7 +205,8 @@ def write_artefact(
 
     Raises:
         ValueError: if masks, scores or the configuration's rules do not fit the shape, the training record is not
-            JSON-plain, the folder exists and `overwrite` is off, or it holds something else than an artefact.
+            JSON-plain, the folder exists and `overwrite` is off, it holds something else than an artefact, or it holds
+            weights and none would take their place.
         OSError: if writing fails (disk full); the old folder is then untouched.
     """
     from sparse_hf.model_card import write_model_card
@@ -313,6 +321,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or corrupt ({error}); write or download it again") from error
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a model's or an adapter's weights lie in the folder."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in WEIGHTS_FILES)
+
+
+def refuse_weights(folder: Path) -> None:
+    """Raises ValueError if the folder holds weights; for what would replace it by a folder without any."""
+    if holds_weights(folder):
+        raise ValueError(
+            f"{folder} holds weights, and what would replace it has none; choose another folder, or move or delete the "
+            "weights yourself"
+        )
+
+
 @contextmanager
 def replace_folder(folder: Path, *, overwrite: bool, marker: str = CONFIG_FILE) -> Iterator[Path]:
     """Yields an empty folder beside `folder` that takes its place when the block ends well, and vanishes when not.
@@ -323,7 +345,8 @@ def replace_folder(folder: Path, *, overwrite: bool, marker: str = CONFIG_FILE) 
         marker: the file by which a folder of this kind is known, so that nobody's home is overwritten.
 
     Raises:
-        ValueError: if `folder` exists and `overwrite` is off, or it holds something else.
+        ValueError: if `folder` exists and `overwrite` is off, it holds something else, or it holds weights and what the
+            block wrote has none: those may be the only copy of what was trained.
     """
     folder = folder.resolve()
     if folder.exists() and (not overwrite or not folder.is_dir()):
@@ -334,6 +357,8 @@ def replace_folder(folder: Path, *, overwrite: bool, marker: str = CONFIG_FILE) 
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield staging
+        if not holds_weights(staging):
+            refuse_weights(folder)
         staging.chmod(0o755)
         if folder.exists():
             # A folder cannot be renamed over another: step aside, take the place, then remove.

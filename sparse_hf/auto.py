@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_hf.artefact import load_artefact
-from sparse_hf.hub import resolve_artefact_folder
+from sparse_hf.hub import has_weights, resolve_artefact_folder
 from sparse_hf.patching import apply_config
 from sparse_hf.sparsify import apply_with_adapter
 
@@ -49,18 +49,3 @@ class AutoSparseModelForCausalLM:
             model = AutoModelForCausalLM.from_pretrained(loaded.base_model_name_or_path, token=token, **kwargs)
             loaded.check_base_model(model)
         return apply_config(model, loaded.config, loaded.head_masks)
-
-
-def has_weights(artefact: str, *, revision: str | None = None, token: str | bool | None = None) -> bool:
-    """Whether the artefact carries the model's weights too."""
-    if Path(artefact).is_dir():
-        return (Path(artefact) / "config.json").is_file()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    # A download, not a question to the API: it also answers offline, from the cache.
-    try:
-        hf_hub_download(artefact, "config.json", revision=revision, token=token)
-    except EntryNotFoundError:
-        return False
-    return True

@@ -95,6 +95,21 @@ def _adapter_alone(spec: str, revision: str | None, token: str | bool | None) ->
     return ADAPTER_ALONE
 
 
+def has_weights(artefact: str, *, revision: str | None = None, token: str | bool | None = None) -> bool:
+    """Whether the artefact carries the model's weights too."""
+    if Path(artefact).is_dir():
+        return (Path(artefact) / "config.json").is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    # A download, not a question to the API: it also answers offline, from the cache.
+    try:
+        hf_hub_download(artefact, "config.json", revision=revision, token=token)
+    except EntryNotFoundError:
+        return False
+    return True
+
+
 def push_to_hub(
     folder: str | Path,
     repo_id: str,

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparse_hf.adapters import ModelShape, adapter_for
-from sparse_hf.artefact import CONFIG_FILE, read_tensors, replace_folder, weight_probe, write_artefact
+from sparse_hf.artefact import CONFIG_FILE, read_tensors, refuse_weights, replace_folder, weight_probe, write_artefact
 from sparse_hf.calibrate.plots import plot_maps
 from sparse_hf.calibrate.probe import LayerCall, observed
 from sparse_hf.config import SparseConfig, read_mapping
@@ -275,6 +275,8 @@ def check_folder(out: str | Path, *, resume: bool, overwrite: bool) -> None:
     known = begun or (out / CONFIG_FILE).is_file()
     if overwrite and (not out.is_dir() or (not known and any(out.iterdir()))):
         raise ValueError(f"{out} holds something else than a calibration; it is not overwritten")
+    if overwrite:
+        refuse_weights(out)  # now, not after hours of measuring
 
 
 def _begin(out: Path, settings: dict[str, Any], calibrator: Calibrator, *, resume: bool, overwrite: bool) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparse_hf.artefact import CONFIG_FILE, load_artefact
-from sparse_hf.auto import has_weights
 from sparse_hf.cli.output import RUN_ARTEFACT, find_artefact
 from sparse_hf.config import SparseConfig
+from sparse_hf.hub import has_weights
 from sparse_hf.sparsify import resolve_spec, sparsify
 
 

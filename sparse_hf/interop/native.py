@@ -125,10 +125,10 @@ def export_native(
     Args:
         source, model_config, model_type: as in `native_config`.
         out: the folder.
-        overwrite: replace a folder with a config.json; put weights beside it afterwards.
+        overwrite: replace a folder with a config.json and no weights; put weights beside it afterwards.
 
     Raises:
-        ValueError: as `native_config`, or if `out` exists.
+        ValueError: as `native_config`, or if `out` exists, or holds weights.
     """
     config = native_config(source, model_config, model_type=model_type)
     with replace_folder(Path(out), overwrite=overwrite, marker=CONFIG_FILE) as staging:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,32 @@ def test_it_is_not_overwritten_unasked(model: PreTrainedModel, folder: Path) -> 
     save_artefact(model, folder, training={"steps": 4}, overwrite=True)
     assert load_artefact(folder).training == {"steps": 4}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_weights_are_never_overwritten_by_a_folder_without_any(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save_artefact(model, tmp_path / "trained", save_weights=True)
+    before = files(folder)
+    with pytest.raises(ValueError, match=r"holds weights, and what would replace it has none.*choose another folder"):
+        save_artefact(model, folder, overwrite=True)
+    assert files(folder) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".trained")] == []
+    save_artefact(model, folder, save_weights=True, training={"steps": 6}, overwrite=True)
+    assert load_artefact(folder).training == {"steps": 6}
+    assert torch.equal(logits(AutoSparseModelForCausalLM.from_pretrained(folder).eval()), logits(model))
+
+
+def test_weights_that_sparsify_leaves_out_are_named(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The embedding is as it was, so that the probe finds nothing."""
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.5)
+    folder = save_artefact(model, tmp_path / "trained", save_weights=True)
+    with pytest.warns(UserWarning, match=r"carries weights that were trained.*AutoSparseModelForCausalLM"):
+        sparsify(tiny_llama(), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = sparsify(LlamaForCausalLM.from_pretrained(folder).eval(), folder)
+        sparsify(tiny_llama(), folder, check_base_model=False)
+    assert torch.equal(logits(own), logits(model))
 
 
 def test_other_folders_are_never_overwritten(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -284,6 +311,27 @@ def test_another_base_model_is_refused(folder: Path) -> None:
     assert not is_sparsified(other)
     assert is_sparsified(sparsify(other, folder, check_base_model=False))
     assert is_sparsified(sparsify(tiny_llama().to(torch.bfloat16), folder))  # a cast is the same model
+
+
+@pytest.mark.parametrize("vocab_size", [129, 136, 192])
+def test_a_base_model_with_added_tokens_is_known(folder: Path, vocab_size: int) -> None:
+    grown, other = tiny_llama(), tiny_llama(seed=1)
+    for model in (grown, other):
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    assert is_sparsified(sparsify(grown, folder))
+    with pytest.raises(ValueError, match="same shape but other weights"):
+        sparsify(other, folder)
+
+
+def test_the_probe_of_earlier_artefacts_is_known(folder: Path) -> None:
+    tensors = load_file(folder / HEAD_MASKS_FILE)
+    model = tiny_llama(vocab_size=120)
+    probe = weight_probe(model, half=True)
+    assert probe is not None and not torch.equal(probe, weight_probe(model))
+    save_file({**tensors, "base_model_probe": probe}, folder / HEAD_MASKS_FILE)
+    assert is_sparsified(sparsify(model, folder))
+    with pytest.raises(ValueError, match="same shape but other weights"):
+        sparsify(tiny_llama(seed=1, vocab_size=120), folder)
 
 
 def test_the_probe_stays_inside_a_large_embedding() -> None:

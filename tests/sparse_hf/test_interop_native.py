@@ -187,3 +187,15 @@ def test_native_on_the_command_line(tmp_path: Path) -> None:
     other = Qwen3Config(**{**COMMON, "num_hidden_layers": 2})
     with pytest.raises(ValueError, match="the artefact was made for"):
         native_config(folder, other)
+
+
+def test_a_model_folder_keeps_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(ValueError, match="holds weights"):
+        export_native(SparseConfig(sparse=SlidingWindow(window_size=8)), tmp_path / "model", config, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

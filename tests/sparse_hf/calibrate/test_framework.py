@@ -244,3 +244,16 @@ def test_errors_are_one_line(
     code, _, error = run_main("calibrate", "xattention", *pairs)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in error
+
+
+def test_weights_are_refused_before_anything_is_measured(
+    tiny_model: PreTrainedModel, sequences: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    calibrate(tiny_model, sequences[:1], calibrator_of("xattention", tiny_model), out)
+    (out / "model.safetensors").write_bytes(b"trained")
+    other = calibrator_of("xattention", tiny_model)
+    monkeypatch.setattr(type(other), "run", None)
+    with pytest.raises(ValueError, match="holds weights"):
+        calibrate(tiny_model, sequences[:1], other, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == b"trained"

@@ -13,8 +13,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from sparse_hf.artefact import CONFIG_FILE, load_artefact
-from sparse_hf.auto import has_weights
 from sparse_hf.cli.output import find_artefact
+from sparse_hf.hub import has_weights
 from sparse_hf.sparsify import sparsify
 
 NAME = "sparse-hf"
