@@ -74,10 +74,17 @@ class TokenPositions:
 
     @classmethod
     def from_padding_mask(cls, mask: Tensor, q_len: int | None = None) -> TokenPositions:
-        """From a boolean `[batch, kv_len]` mask of real tokens, padded anywhere; queries are the last `q_len`."""
+        """From a boolean `[batch, kv_len]` mask of real tokens, padded anywhere; queries are the last `q_len`.
+
+        Raises:
+            ValueError: if there are more queries than keys.
+        """
         mask = mask.bool()
+        q_len = mask.shape[1] if q_len is None else q_len
+        if not 0 <= q_len <= mask.shape[1]:
+            raise ValueError(f"queries are the last of {mask.shape[1]} keys, got q_len {q_len}; give a longer mask")
         keys = (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
-        return cls(q_positions=keys[:, keys.shape[1] - (q_len or keys.shape[1]) :], k_positions=keys)
+        return cls(q_positions=keys[:, keys.shape[1] - q_len :], k_positions=keys)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int | None = None) -> TokenPositions:

@@ -155,6 +155,8 @@ def test_calls_that_do_not_fit() -> None:
     refused(r"\[1, 2, 3\]", selection=make("chunk"))
     refused(r"\[1, 2, 3\]", selection=make("whole", num_heads=4))
     refused(r"\[1, 2, 3\]", selection=make("whole", batch=2))
+    past = TokenPositions.causal(130, 130, q_offset=1)
+    refused("up to position 130 and 130 keys", selection=selection, positions=past)
     padded = TokenPositions.from_padding_mask(torch.arange(130)[None] >= 5)
     refused("one unpadded sequence", selection=selection, positions=padded)
     refused("one unpadded sequence", selection=selection, cu_seqlens=torch.tensor([0, 60, 130]))

@@ -184,6 +184,21 @@ def test_cu_seqlens_pack_one_row_of_queries_with_their_keys() -> None:
             sparse_attention(*inputs, LAYOUTS["mixed"], cu_seqlens=torch.tensor([0, 8]))
 
 
+def test_no_heads_and_no_dimensions() -> None:
+    q, k, v = make_inputs(8)
+    with pytest.raises(ValueError, match="shared out over 0 KV heads"):
+        sparse_attention(q, k[:, :0], v[:, :0], LAYOUTS["mixed"])
+    with pytest.raises(ValueError, match="head_dim 0"):
+        sparse_attention(q[..., :0], k[..., :0], v[..., :0], LAYOUTS["mixed"])
+
+
+def test_queries_of_a_padding_mask_are_among_its_keys() -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    assert TokenPositions.from_padding_mask(mask, q_len=0).q_len == 0
+    with pytest.raises(ValueError, match="the last of 5 keys, got q_len 9"):
+        TokenPositions.from_padding_mask(mask, q_len=9)
+
+
 def test_offsets_count_from_0() -> None:
     with pytest.raises(ValueError, match="count from 0, got q_offset -1"):
         sparse_attention(*make_inputs(8), LAYOUTS["mixed"], q_offset=-1)

@@ -1,13 +1,14 @@
 """Tile tables, walked as a kernel walks them, give back exactly the mask that the layout means."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparse_hf_kernels import AttentionLayout, BlockList, HeadPattern, TokenPositions
+from sparse_hf_kernels.blocks import BlockRule
 from sparse_hf_kernels.tiles import RowGeometry, TileShape, TileTable, backward_table, forward_table
 
 CPU = torch.device("cpu")
@@ -51,6 +52,8 @@ def positions() -> dict[str, TokenPositions]:
         "chunk": TokenPositions.causal(70, 233),
         "dropped prefix": TokenPositions.causal(5, 60, k_offset=100),
         "one": TokenPositions.causal(1, 1),
+        "past the keys": TokenPositions.causal(70, 37, q_offset=30),
+        "long past the keys": TokenPositions.causal(40, 30, q_offset=150),
         "left": TokenPositions.from_padding_mask(slots >= 200 - lengths),
         "right": TokenPositions.from_padding_mask(slots < lengths),
         "left chunk": TokenPositions.from_padding_mask(slots >= 200 - lengths, q_len=40),
@@ -144,3 +147,19 @@ def test_tables_mean_the_layout(
         # Rows without token take no mask in full blocks: kernels write zeros there whatever was computed.
         token = (where.q_positions >= 0).expand(batch, -1)[:, None, :, None]
         assert torch.equal(found * token, expected.long()), name
+
+
+@dataclass(frozen=True)
+class EveryBlock(BlockRule):
+    block_size: int = 16
+
+    def keeps(self, q_blocks: Tensor, k_blocks: Tensor) -> Tensor:
+        return q_blocks >= k_blocks
+
+
+def test_masks_of_blocks_that_int32_cannot_address_are_refused() -> None:
+    """A step over a cache without its oldest keys: small tensors, block numbers of a long sequence."""
+    layout = AttentionLayout(patterns=(HeadPattern(blocks=EveryBlock()),))
+    geometry = RowGeometry.of(TokenPositions.causal(1, 1, k_offset=46341 * 16))
+    with pytest.raises(ValueError, match="reach 741440 tokens, got a sequence of 741457"):
+        forward_table(layout, geometry, TileShape(rows=16, columns=16), batch=1, num_heads=1, head_dim=64, device=CPU)

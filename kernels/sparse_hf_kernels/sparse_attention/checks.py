@@ -21,7 +21,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, *layouts: AttentionLayout) -> 
         raise ValueError(
             f"batch, key length and head_dim must agree, got q {tuple(of_q)}, k {tuple(of_k)}, v {tuple(of_v)}"
         )
-    if of_q[1] % of_k[1]:
+    if not of_k[1] or of_q[1] % of_k[1]:
         raise ValueError(f"{of_q[1]} query heads cannot be shared out over {of_k[1]} KV heads")
     for layout in layouts:
         if layout.num_kv_heads != of_k[1]:
@@ -68,6 +68,12 @@ def check_selection(
             "selected patterns serve one unpadded sequence per batch row, all of one length; got positions of padded "
             "or packed rows, or of a cache that dropped keys: call once per sequence"
         )
+    if positions.offset + positions.q_len > positions.kv_len:
+        # Tables of selections mask the block of the query alone; the last keys' block would be read to its end.
+        raise ValueError(
+            f"queries of selected patterns stand among the keys, got queries up to position "
+            f"{positions.offset + positions.q_len - 1} and {positions.kv_len} keys; give the keys up to the last query"
+        )
     size = selection.block_size
     blocks = -(-(positions.offset + positions.q_len) // size) - positions.offset // size
     if selection.counts.shape != (q.shape[0], q.shape[1], blocks) or selection.counts.device != q.device:
@@ -86,9 +92,12 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     """The scale, by default `head_dim ** -0.5`.
 
     Raises:
-        ValueError: unless it is positive: kernels take the maximum of the products before they scale it.
+        ValueError: unless it is positive: kernels take the maximum of the products before they scale it. Without a
+            dimension there is no default.
     """
     if scale is None:
+        if head_dim < 1:
+            raise ValueError("q and k have head_dim 0, which leaves nothing to compare; give at least one dimension")
         return head_dim**-0.5
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}; negate q for a negative one")

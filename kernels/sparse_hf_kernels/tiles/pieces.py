@@ -28,10 +28,12 @@ def forward_pieces(bounds: TileBounds, block: int, kv_len: int) -> Tensor:
     full_end = bounds.end_min.clamp_max(kv_len) // block
     full_begin, full_end = _inside(_ceil_div(bounds.near_max.clamp_min(0), block), full_end, near_begin, near_end)
     sink_begin = (bounds.first_min // block).clamp_min(0)
-    sink_end = torch.minimum(_ceil_div(torch.minimum(bounds.sink_end, bounds.end_max), block), near_begin)
+    # Sinks too end with the keys, which queries past them do not bound.
+    sinks = bounds.sink_end.clamp_max(kv_len)
+    sink_end = torch.minimum(_ceil_div(torch.minimum(sinks, bounds.end_max), block), near_begin)
     sink_full_begin, sink_full_end = _inside(
         _ceil_div(bounds.first_max.clamp_min(0), block),
-        torch.minimum(bounds.sink_end, bounds.end_min) // block,
+        torch.minimum(sinks, bounds.end_min) // block,
         sink_begin,
         sink_end,
     )

@@ -35,6 +35,9 @@ NO_LIST = -1
 LARGEST_WINDOW = 2**30
 """Windows are cut to this, so that `position + window` stays within int32."""
 
+LARGEST_LOOK_UP = 46340
+"""Blocks that a side of a block mask may have: kernels find its entries by int32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TileShape:
@@ -374,7 +377,7 @@ class _Patterns:
         """The table with what its rows want of the kernels: the masks of those patterns whose blocks tiles cut.
 
         Raises:
-            ValueError: if they differ in block size.
+            ValueError: if they differ in block size, or are too many for kernels.
         """
         if self.has_last_rows:
             table = replace(table, has_last_rows=True)
@@ -389,6 +392,11 @@ class _Patterns:
             )
         size, device = sizes.pop(), table.rows.device
         num_blocks = -(-self._longest() // size)
+        if num_blocks > LARGEST_LOOK_UP:
+            raise ValueError(
+                f"masks of blocks of {size} tokens reach {LARGEST_LOOK_UP * size} tokens, got a sequence of "
+                f"{self._longest()}; use larger blocks"
+            )
         planes = torch.stack([blocks.block_mask(num_blocks) for blocks in cut]).to(torch.int8)
         heads = [self._cut.get(pattern, -1) for pattern in self.layout.patterns]
         return replace(
