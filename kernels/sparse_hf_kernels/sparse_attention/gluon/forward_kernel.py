@@ -149,7 +149,7 @@ def _close_rows(
     ROW_BATCHES: gl.constexpr,
 ):  # fmt: skip
     """Writes the log-sum-exp; returns what the output is multiplied with, 0 for rows that have no key."""
-    some = l_i > 0
+    some = l_i != 0  # `!=`, so that NaN stays NaN
     if not CLOSED:  # rows without token took part in full blocks
         at = rows
         if ROW_BATCHES:
@@ -285,7 +285,7 @@ def _consumer(
         )  # fmt: skip
         acc, pb = warpgroup_mma_wait(0, deps=(a_t, pb))
         # The output leaves through the queries' buffer; TMA cuts off rows past q_len.
-        q_t.store(gl.where(factor[:, None] > 0, acc * factor[:, None], 0.0).to(dtype))
+        q_t.store(gl.where(factor[:, None] != 0, acc * factor[:, None], 0.0).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(desc_o, [head // num_heads, head % num_heads, row0, 0], q_s.index(qi))
         if Q_SLOTS == 1:
