@@ -166,7 +166,7 @@ def read_entries(path: Path) -> list[Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # too long a number is a plain ValueError
         raise ValueError(f"{path} cannot be read as JSON ({error}); delete it or measure again") from error
     if not isinstance(document, dict) or set(document) != {"format_version", "entries"}:
         raise ValueError(f'{path} must hold exactly the keys "format_version" and "entries"; delete it, measure again')
@@ -204,13 +204,13 @@ def checked_entry(entry: Any, where: str) -> tuple[Key, Config]:
         raise ValueError(f"{where}: an entry is a mapping, got {entry!r}; {REMEDY}")
     _require_keys(entry, (*_KEY, "config"), _ABOUT, where)
     kinds = (entry["backend"], entry["kind"])
-    if kinds not in FIELDS:
+    if not all(isinstance(kind, str) for kind in kinds) or kinds not in FIELDS:  # JSON has values without a hash
         known = ", ".join(" ".join(kind) for kind in FIELDS)
         raise ValueError(f"{where}: unknown backend and kind {kinds!r}; known: {known}; {REMEDY}")
     arches: Collection[Any] = (90,) if entry["backend"] == "gluon" else ARCHES
     known_values: dict[str, Collection[Any]] = {"arch": arches, "head_dim": HEAD_DIMS, "dtype": DTYPES}
     for name, values in known_values.items():
-        if not isinstance(entry[name], int | str) or entry[name] not in values:
+        if type(entry[name]) not in (int, str) or entry[name] not in values:  # false equals 0, the interpreter
             raise ValueError(f"{where}: {name} must be one of {list(values)}, got {entry[name]!r}; {REMEDY}")
     fields, config = FIELDS[kinds], entry["config"]
     if not isinstance(config, Mapping):
