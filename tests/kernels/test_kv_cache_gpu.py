@@ -364,5 +364,6 @@ def test_growth_leaves_no_blocks_behind(scarce: bool, monkeypatch: pytest.Monkey
         for storage in storages:
             storage.grow(tokens + 8192)
     left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - unused
-    # The last storage to grow leaves its old tensors, and each tensor what its size was rounded up by.
-    assert (left <= (2 * 62 + 12 * 2) * mib) == scarce, f"{left / mib:.0f} MiB"
+    # The last storage to grow leaves its old tensors, each tensor what its size was rounded up by, and small ones share
+    # a block.
+    assert (left <= (2 * 62 + 12 * 2 + 2) * mib) == scarce, f"{left / mib:.0f} MiB"
