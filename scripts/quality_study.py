@@ -4,8 +4,8 @@
     python scripts/quality_study.py --model DIR --data TRAIN --held HELD --seq-len 8192 --window 1008 --out DIR
 
 Writes NAME.json while it goes and at the end, with a plot of each stage (NAME_masks.png), and keeps each measured cell
-under --cells, so that the same line goes on where it stopped. On the shipped 4M model and books by default. .txt and .jsonl
-texts need no `datasets`.
+under --cells, so that the same line goes on where it stopped. On the shipped 4M model and books by default. .txt and
+.jsonl texts need no `datasets`.
 """
 
 from __future__ import annotations

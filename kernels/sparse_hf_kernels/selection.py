@@ -24,12 +24,14 @@ class BlockSelection:
             ascending, none after the row's own; the others are unspecified.
         columns: int32 `[batch, num_heads, num_columns]`: key positions that every later query reads besides, in any
             order without repeats; -1 for none. None where no head has any.
+        num_dense_rows: queries at positions below it have every block listed: see `with_dense_rows`.
     """
 
     block_size: int
     counts: Tensor
     indices: Tensor
     columns: Tensor | None = None
+    num_dense_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -89,7 +91,10 @@ class BlockSelection:
         return replace(self, counts=self.counts[:, heads], indices=self.indices[:, heads], columns=columns)
 
     def with_dense_rows(self, num_rows: int, q_offset: int) -> BlockSelection:
-        """Queries at positions below `num_rows`, rounded up to whole blocks, read every block up to their own."""
+        """Queries at positions below `num_rows`, rounded up to whole blocks, read every block up to their own.
+
+        Layouts with `num_dense_rows` take selections that have as many.
+        """
         first = q_offset // self.block_size
         num_dense = min(max(-(-num_rows // self.block_size) - first, 0), self.counts.shape[2])
         if num_dense == 0:
@@ -101,7 +106,7 @@ class BlockSelection:
         counts[:, :, :num_dense] = own + 1
         every = torch.arange(first + num_dense, device=counts.device, dtype=torch.int32)
         indices[:, :, :num_dense, : first + num_dense] = every
-        return replace(self, counts=counts, indices=indices)
+        return replace(self, counts=counts, indices=indices, num_dense_rows=max(num_rows, self.num_dense_rows))
 
     def expand(self, batch: int) -> BlockSelection:
         """With `batch` rows, where it has one for all."""

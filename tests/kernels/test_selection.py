@@ -155,6 +155,12 @@ def test_calls_that_do_not_fit() -> None:
     refused(r"\[1, 2, 3\]", selection=make("chunk"))
     refused(r"\[1, 2, 3\]", selection=make("whole", num_heads=4))
     refused(r"\[1, 2, 3\]", selection=make("whole", batch=2))
+    dense = replace(layout, num_dense_rows=70)
+    refused(
+        r"70 dense rows, the selection 64; give selection.with_dense_rows\(70, 0\)",
+        dense,
+        selection=selection.with_dense_rows(64, 0),
+    )
     past = TokenPositions.causal(130, 130, q_offset=1)
     refused("up to position 130 and 130 keys", selection=selection, positions=past)
     padded = TokenPositions.from_padding_mask(torch.arange(130)[None] >= 5)

@@ -74,6 +74,11 @@ def check_selection(
             f"queries of selected patterns stand among the keys, got queries up to position "
             f"{positions.offset + positions.q_len - 1} and {positions.kv_len} keys; give the keys up to the last query"
         )
+    if positions.offset < layout.num_dense_rows and selection.num_dense_rows < layout.num_dense_rows:
+        raise ValueError(
+            f"the layout has {layout.num_dense_rows} dense rows, the selection {selection.num_dense_rows}; give "
+            f"selection.with_dense_rows({layout.num_dense_rows}, {positions.offset})"
+        )
     size = selection.block_size
     blocks = -(-(positions.offset + positions.q_len) // size) - positions.offset // size
     if selection.counts.shape != (q.shape[0], q.shape[1], blocks) or selection.counts.device != q.device:
