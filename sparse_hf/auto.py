@@ -32,18 +32,20 @@ class AutoSparseModelForCausalLM:
             artefact: folder or Hub id.
             revision: of the artefact on the Hub.
             token: Hub token, for the artefact and the base model.
-            **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+            **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...). `cache_dir` and
+                `local_files_only` also say where the artefact comes from.
 
         Raises:
             ValueError: if the artefact is invalid or does not fit the model.
         """
-        folder = resolve_artefact_folder(str(artefact), revision=revision, token=token)
+        options = {name: kwargs[name] for name in ("cache_dir", "local_files_only") if name in kwargs}
+        folder = resolve_artefact_folder(str(artefact), revision=revision, token=token, **options)
         loaded = load_artefact(folder)
         if loaded.adapter:
             model = AutoModelForCausalLM.from_pretrained(loaded.base_model_name_or_path, token=token, **kwargs)
             loaded.check_base_model(model)
             return apply_with_adapter(model, loaded.config, loaded.head_masks, loaded)
-        if has_weights(str(artefact), revision=revision, token=token):
+        if has_weights(str(artefact), revision=revision, token=token, **options):
             model = AutoModelForCausalLM.from_pretrained(artefact, revision=revision or "main", token=token, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(loaded.base_model_name_or_path, token=token, **kwargs)

@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from sparse_hf.artefact import ADAPTER_ALONE, CONFIG_FILE, load_artefact
 from sparse_hf.config import HEAD_MASKS_FILE
@@ -26,9 +27,17 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def resolve_artefact_folder(
+    spec: str, *, revision: str | None = None, token: str | bool | None = None, **options: Any
+) -> Path:
     """The local folder of an artefact: the folder itself, or the Hub repository's configuration, masks and
     LoRA adapter, downloaded.
+
+    Args:
+        spec: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token.
+        **options: go to `hf_hub_download` (`cache_dir`, `local_files_only`).
 
     Raises:
         ValueError: if there is neither a folder nor a reachable repository of that name, or it holds no artefact.
@@ -46,12 +55,10 @@ def resolve_artefact_folder(spec: str, *, revision: str | None = None, token: st
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        config = Path(hf_hub_download(spec, CONFIG_FILE, revision=revision, token=token))
+        config = Path(hf_hub_download(spec, CONFIG_FILE, revision=revision, token=token, **options))
         # All files of one commit, even if somebody pushes in between.
-        hf_hub_download(spec, HEAD_MASKS_FILE, revision=config.parent.name, token=token)
-        if _names_adapter(config):
-            for name in ADAPTER_FILES:
-                hf_hub_download(spec, name, revision=config.parent.name, token=token)
+        for name in (HEAD_MASKS_FILE, *(ADAPTER_FILES if _names_adapter(config) else ())):
+            hf_hub_download(spec, name, revision=config.parent.name, token=token, **options)
     except HFValidationError as error:
         raise ValueError(_nothing(spec)) from error
     except LocalEntryNotFoundError as error:
@@ -95,8 +102,8 @@ def _adapter_alone(spec: str, revision: str | None, token: str | bool | None) ->
     return ADAPTER_ALONE
 
 
-def has_weights(artefact: str, *, revision: str | None = None, token: str | bool | None = None) -> bool:
-    """Whether the artefact carries the model's weights too."""
+def has_weights(artefact: str, *, revision: str | None = None, token: str | bool | None = None, **options: Any) -> bool:
+    """Whether the artefact carries the model's weights too; arguments as those of `resolve_artefact_folder`."""
     if Path(artefact).is_dir():
         return (Path(artefact) / "config.json").is_file()
     from huggingface_hub import hf_hub_download
@@ -104,7 +111,7 @@ def has_weights(artefact: str, *, revision: str | None = None, token: str | bool
 
     # A download, not a question to the API: it also answers offline, from the cache.
     try:
-        hf_hub_download(artefact, "config.json", revision=revision, token=token)
+        hf_hub_download(artefact, "config.json", revision=revision, token=token, **options)
     except EntryNotFoundError:
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -30,6 +31,17 @@ DEBUG_VARIABLE = "SPARSE_HF_DEBUG"
 REMEDY = 'pip install "sparse-hf[train]"'
 _REMEDIES = {"lm-eval": 'pip install "sparse-hf[train,eval]"'}
 """Of commands that need more."""
+_FILE_REMEDIES = {
+    errno.ENOENT: "check the path, or make the folder first",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EISDIR: "this is a folder; give a file in it",
+    errno.EEXIST: "choose another place",
+    errno.EACCES: "choose another place, or change who may use this one",
+    errno.EPERM: "choose another place, or change who may use this one",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "free some, or choose another place",
+}
+"""What to do where the operating system only says what is wrong."""
 
 _EXAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect, "sparse-hf inspect RUN/artefact --seq-len 131072"),
@@ -117,7 +129,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1" or not is_user_error(error):
             raise
-        typer.echo(f"error: {one_line(error) or type(error).__name__}", err=True)
+        typer.echo(f"error: {_message(error)}", err=True)
         sys.exit(1)
 
 
@@ -125,6 +137,14 @@ def is_user_error(error: Exception) -> bool:
     """Whether the message is meant for users: bad values, files, the network, the Hub, packages that are missing."""
     origin = type(error).__module__.split(".")[0]
     return isinstance(error, (ValueError, OSError, ImportError)) or origin in ("huggingface_hub", "httpx")
+
+
+def _message(error: Exception) -> str:
+    remedy = _FILE_REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if remedy is None or not isinstance(error, OSError):
+        return one_line(error) or type(error).__name__
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; {remedy}"
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:

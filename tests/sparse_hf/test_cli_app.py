@@ -64,6 +64,8 @@ def test_no_arguments_print_help(run_main: Run) -> None:
         (("export", "{run}", "--out", "{run}"), "exists already"),
         (("export", "{run}", "--out", "{run}", "--overwrite"), "holds other files"),
         (("export", "{run}/artefact", "--out", "{run}/artefact/inner"), "lies inside the artefact"),
+        (("export", "{run}", "--out", "{model}/config.json/x"), "config.json: File exists; choose another place"),
+        (("inspect", "{run}", "--plot", "{tmp}/no/x.png"), "/no/x.png: No such file or directory; check the path"),
         (("import", "duo", "{tmp}/no.tsv", "--model", "{model}", "--out", "{tmp}/out"), "no such file"),
     ],
 )
@@ -101,15 +103,22 @@ def test_the_debug_variable_lets_tracebacks_through(
         run_main("inspect", tmp_path)
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (OSError(28, "No space left"), 1, "error: No space left; free some, or choose another place\n"),
+        (OSError("all in words"), 1, "error: all in words\n"),
+    ],
+)
 def test_interrupts_and_system_errors(
-    run_main: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+    run_main: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
     monkeypatch.setattr("sparse_hf.cli.export.copy_artefact", fail)
-    assert run_main("export", run_folder, "--out", "anywhere")[0] == code
+    assert run_main("export", run_folder, "--out", "anywhere") == (code, "", said)
 
 
 def test_defects_keep_their_traceback(run_main: Run, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,12 @@ report["local"] = equal(sparsify(base, sys.argv[1] + "/main"), "main")
 unsparsify(base)
 report["auto"] = equal(AutoSparseModelForCausalLM.from_pretrained("me/masks").eval(), "main")
 report["auto_branch"] = equal(AutoSparseModelForCausalLM.from_pretrained("me/masks", revision="none").eval(), "none")
+own = {"cache_dir": sys.argv[1] + "/cache"}
+report["own_cache"] = equal(AutoSparseModelForCausalLM.from_pretrained("me/masks", **own).eval(), "main")
+again = AutoSparseModelForCausalLM.from_pretrained("me/masks", **own, local_files_only=True)
+report["own_cache_alone"] = equal(again.eval(), "main")
+empty = {"cache_dir": sys.argv[1] + "/empty", "local_files_only": True}
+report["empty_cache"] = message(lambda: AutoSparseModelForCausalLM.from_pretrained("me/masks", **empty))
 report["missing"] = message(lambda: sparsify(base, "me/nothing"))
 report["no_revision"] = message(lambda: sparsify(base, "me/masks", revision="nowhere"))
 report["no_artefact"] = message(lambda: sparsify(base, "me/base"))
@@ -139,7 +145,9 @@ def test_push_creates_repositories_and_branches(local_hub: Any, pushed: Path) ->
     assert b"base_model: me/base" in repo.files("main")["README.md"]
 
 
-@pytest.mark.parametrize("case", ["main", "token", "branch", "local", "auto", "auto_branch"])
+@pytest.mark.parametrize(
+    "case", ["main", "token", "branch", "local", "auto", "auto_branch", "own_cache", "own_cache_alone"]
+)
 def test_logits_equal_those_before_the_push(report: dict[str, Any], case: str) -> None:
     assert report[case] is True
 
@@ -153,6 +161,7 @@ def test_logits_equal_those_before_the_push(report: dict[str, Any], case: str) -
         ("no_id", ["neither a preset", "Hub id"]),
         ("wrong_token", ["me/masks", "401"]),
         ("anonymous", ["me/masks", "401"]),
+        ("empty_cache", ["me/masks", "cannot be reached"]),
     ],
 )
 def test_what_cannot_be_loaded_says_why_in_one_line(report: dict[str, Any], case: str, words: list[str]) -> None:
