@@ -28,10 +28,13 @@ finally:
     sys.path.remove(str(HERE))
 
 HEAD_DIMS = (64, 128, 256)
+MAIN_GLUON = ("causal", "last rows, padded", "both ways, padded")
 MAIN = ("streaming", "lists", "holes, cut blocks")
 
 DEFAULT = [
-    *(Group(family="gluon", arch=90, head_dims=(dim,), dtypes=("bfloat16", "float16")) for dim in HEAD_DIMS),
+    Group(family="gluon", arch=90, head_dims=(128,)),
+    Group(family="gluon", arch=90, head_dims=(128,), dtypes=("float16",), names=MAIN_GLUON),
+    *(Group(family="gluon", arch=90, head_dims=(dim,), names=MAIN_GLUON) for dim in (64, 256)),
     *(Group(family="triton", arch=90, head_dims=(dim,), names=(*MAIN, "both ways, padded")) for dim in HEAD_DIMS),
     *(Group(family="triton", arch=80, head_dims=(dim,), names=MAIN) for dim in (64, 128)),
     Group(family="scoring", arch=90, head_dims=(64, 128)),
