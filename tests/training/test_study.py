@@ -139,7 +139,14 @@ def test_random_heads_and_uniform_layers() -> None:
 @pytest.mark.parametrize(
     ("name", "steps"),
     # Hard-concrete gates are 1, and without a gradient, in most of the first draws; PruLong's rates move faster.
-    [("gates", 24), ("elimination", 1), ("prulong_published", 6), ("prulong_mended", 6), ("duo_attention", 4)],
+    [
+        ("gates", 24),
+        ("elimination", 1),
+        ("attribution", 1),
+        ("prulong_published", 6),
+        ("prulong_mended", 6),
+        ("duo_attention", 4),
+    ],
 )
 def test_recipes_that_learn_tell_heads_apart_and_leave_the_model_as_it_was(name: str, steps: int) -> None:
     bench = planted_bench(max_steps=steps)

@@ -193,7 +193,9 @@ def test_elimination_ranks_once_a_seed_and_keeps_to_the_rows_of_others(
     assert len(passed) == 2 * 40
 
 
-@pytest.mark.parametrize("name", ["elimination", "ablation", "training_free", "random", "uniform_layers"])
+@pytest.mark.parametrize(
+    "name", ["elimination", "attribution", "ablation", "training_free", "random", "uniform_layers"]
+)
 def test_rankings_tell_the_tokens_that_passed_the_model(bench: Bench, name: str) -> None:
     counted: list[int] = []
 

@@ -17,6 +17,7 @@ from sparse_hf.calibrate.scores import ScoresCalibrator, ScoresOptions
 from sparse_hf.head_masks import round_scores
 from sparse_hf.methods import Streaming
 from sparse_hf.patching import get_handle, set_head_masks
+from sparse_hf_training.attribution import AttributionConfig, attribution_scores
 from sparse_hf_training.elimination import EliminationConfig, MaskedLoss, eliminate, elimination_scores, tokens_read
 from sparse_hf_training.evaluation.losses import answer_losses, mean
 from sparse_hf_training.evaluation.recall import recall_samples
@@ -79,6 +80,14 @@ def elimination(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> R
         loss = MaskedLoss(model, tasks, text, text_weight=config.text_weight, batch_size=config.batch_size)
         rounds = eliminate(loss, candidates, config, num_kinds=num_kinds)
     return Ranking(scores=elimination_scores(rounds, candidates), tokens=tokens_read(rounds, bench.seq_len))
+
+
+def attribution(bench: Bench, model: PreTrainedModel, head_sparsity: float) -> Ranking:
+    """Integrated gradients of the loss on answers and text in gates between all sparse and all full."""
+    config = AttributionConfig()
+    tasks = [bench.recall_rows([task], question_loss=False, length=config.num_rows) for task in bench.tasks]
+    scores = attribution_scores(model, tasks, bench.text_rows(length=config.num_rows), config)
+    return Ranking(scores=scores, tokens=(len(tasks) + 1) * config.num_rows * bench.seq_len)
 
 
 def _prulong(bench: Bench, head_sparsity: float, clamp: float | None) -> MaskLearningConfig:
@@ -262,6 +271,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _described("gates", gates, per_sparsity=True),
         _described("elimination", elimination),
+        _described("attribution", attribution),
         _described("prulong_published", prulong_published, per_sparsity=True),
         _described("prulong_mended", prulong_mended, per_sparsity=True),
         _described("duo_attention", duo_attention),
