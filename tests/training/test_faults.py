@@ -146,8 +146,8 @@ def test_nan_in_gates(
     assert result.scores is not None and bool(result.scores.isfinite().all())
 
 
-def test_nan_in_weights_is_not_saved(run_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = weights_run(run_values, tmp_path / "run")
+def spoil_weights_after_step_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last update makes a weight infinite, the loss of that step still being finite."""
     step, calls = torch.optim.AdamW.step, [0]
 
     def broken(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +160,22 @@ def test_nan_in_weights_is_not_saved(run_values: Values, tmp_path: Path, monkeyp
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+
+
+def test_nan_in_weights_is_not_saved(run_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = weights_run(run_values, tmp_path / "run")
+    spoil_weights_after_step_4(monkeypatch)
     with pytest.raises(TrainingDiverged, match=r"weights or gates are not finite after step 4; .*checkpoint-2"):
         run(values)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_nan_in_the_last_step_of_a_run_without_checkpoints_makes_no_artefact(
+    run_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = weights_run(run_values, tmp_path / "run")
+    values["trainer"]["save_strategy"] = "no"
+    spoil_weights_after_step_4(monkeypatch)
+    with pytest.raises(TrainingDiverged, match=r"weights or gates are not finite after step 4; .*none yet"):
+        run(values)
+    assert not (tmp_path / "run" / "artefact").exists()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from sparse_hf.lora import adapters_disabled, unwrapped
 from sparse_hf.patching import dense, dense_heads, get_handle, set_head_masks
@@ -295,16 +296,24 @@ class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
 
     # ---- checkpoints ----
 
+    def _check_finite(self, model: nn.Module) -> None:
+        trained: list[Tensor] = [*weight_parameters(model)]
+        trained += [] if self.learning is None else self.learning.parameters()
+        if not all_finite(trained):
+            raise TrainingDiverged(self._advice(f"weights or gates are not finite after step {self.state.global_step}"))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        model: Any = self.model
+        self._check_finite(model)  # the last step has no loss after it, and perhaps no checkpoint
+        return super()._finalize_training(*args, **kwargs)
+
     @property
     def _run_folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = self._run_folder / f"checkpoint-{self.state.global_step}"
-        trained: list[Tensor] = [*weight_parameters(model)]
-        trained += [] if self.learning is None else self.learning.parameters()
-        if not all_finite(trained):
-            raise TrainingDiverged(self._advice(f"weights or gates are not finite after step {self.state.global_step}"))
+        self._check_finite(model)
         if self.args.should_save and checkpoint.exists():
             shutil.rmtree(checkpoint)  # a killed run left it, perhaps one of other processes
         self.accelerator.wait_for_everyone()
