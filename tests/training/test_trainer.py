@@ -290,6 +290,20 @@ def test_resumed_run_ends_as_one_left_alone(tmp_path: Path, stage: str) -> None:
     assert resumed.state.log_history[5]["loss/kl"] == whole.state.log_history[5]["loss/kl"]
 
 
+@pytest.mark.parametrize("last", [6, 4])
+def test_finished_run_makes_no_step_more(tmp_path: Path, last: int) -> None:
+    whole = trainer_for(tmp_path, "masks_and_weights", save_strategy="steps", save_steps=6)
+    whole.train()
+    again = trainer_for(tmp_path, "masks_and_weights", save_strategy="steps", save_steps=1, max_steps=last)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.state.global_step == 6
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6"]
+    for name, tensor in get_mask_learning(whole.model).state_dict().items():
+        assert torch.equal(tensor, get_mask_learning(again.model).state_dict()[name]), name
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
 def test_other_trainers_learn_the_same_masks_through_the_callback(tmp_path: Path) -> None:
     """transformers' own Trainer with the callback equals SparseTrainer on the same objective."""
     ours = trainer_for(tmp_path / "ours", objective=ObjectiveConfig(lm=1.0, kl=0.0), gradient_accumulation_steps=2)

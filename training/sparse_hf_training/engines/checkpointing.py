@@ -167,6 +167,11 @@ class EngineCheckpoints(Trainer):
         self._plan = None
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The base class asks whether the run is over after a step alone: a finished run would make one more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         output: TrainOutput = super()._finalize_training(*args, **kwargs)
         remove_unused_parameter(self.accelerator.unwrap_model(self.model))
