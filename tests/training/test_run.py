@@ -56,9 +56,13 @@ def test_judging_in_between_changes_no_gate(run_values: Values, tmp_path: Path) 
     assert plain.scores is not None and judged.scores is not None and torch.equal(plain.scores, judged.scores)
 
 
-def test_gradient_checkpointing_changes_nothing(run_values: Values, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing_kwargs": {"preserve_rng_state": True}}])
+def test_gradient_checkpointing_changes_nothing(
+    run_values: Values, tmp_path: Path, options: dict[str, dict[str, bool]]
+) -> None:
     plain = run(run_values(output_dir=str(tmp_path / "a")))
-    recomputed = run(run_values(output_dir=str(tmp_path / "b"), trainer={"gradient_checkpointing": True}))
+    trainer = {"gradient_checkpointing": True, **options}
+    recomputed = run(run_values(output_dir=str(tmp_path / "b"), trainer=trainer))
     assert plain.scores is not None and recomputed.scores is not None
     torch.testing.assert_close(recomputed.scores, plain.scores)
     assert recomputed.sparse == plain.sparse

@@ -376,6 +376,12 @@ def test_label_smoothing_is_refused(tmp_path: Path) -> None:
         trainer_for(tmp_path, label_smoothing_factor=0.1)
 
 
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}])
+def test_reentrant_checkpointing_is_refused(tmp_path: Path, options: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="reentrant checkpointing"):
+        trainer_for(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+
+
 def test_trainer_state_is_json(tmp_path: Path) -> None:
     trainer_for(tmp_path, save_strategy="steps", save_steps=6).train()
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())

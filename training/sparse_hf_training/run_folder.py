@@ -96,10 +96,12 @@ def training_arguments(config: RunConfig, output: Path) -> TrainingArguments:
 
 def _chosen(config: RunConfig) -> dict[str, Any]:
     chosen = {**DEFAULT_ARGUMENTS, **config.trainer}
+    name = "gradient_checkpointing_kwargs"
+    # Other options than this one keep it: without it torch checkpoints in a way that gates get no gradient through.
+    chosen[name] = {**DEFAULT_ARGUMENTS[name], **(chosen[name] or {})}
     if config.activation_offload:
-        checkpointing = dict(chosen["gradient_checkpointing_kwargs"] or {})
         # transformers' own: torch.autograd.graph.save_on_cpu around each checkpoint.
-        chosen["gradient_checkpointing_kwargs"] = {**checkpointing, "offload": True}
+        chosen[name]["offload"] = True
     return chosen
 
 

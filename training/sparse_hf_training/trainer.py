@@ -89,7 +89,8 @@ class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
         self.engine.check(self.accelerator)
         self._weights_train = bool(weight_parameters(model))
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
-        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        # torch's own default is reentrant; transformers' stands in only where no option is given.
+        if self.args.gradient_checkpointing and checkpointing and checkpointing.get("use_reentrant", True):
             raise ValueError(
                 "gates get no gradient under reentrant checkpointing; "
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}"
