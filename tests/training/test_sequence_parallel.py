@@ -16,17 +16,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, Trainer, TrainingArguments
 
 from sparse_hf.artefact import load_artefact
 from sparse_hf.cache import SparseCache
 from sparse_hf.capture import capture
 from sparse_hf.config import SparseConfig
 from sparse_hf.head_exchange import check_head_counts, head_order, kv_head_range
-from sparse_hf.patching import apply_config
+from sparse_hf.patching import apply_config, dense
 from sparse_hf_kernels import AttentionLayout, HeadPattern
 from sparse_hf_training.config import RunConfig
 from sparse_hf_training.data import collate
+from sparse_hf_training.engines.judging import JudgeDenseCallback
+from sparse_hf_training.evaluation import Judgement
 from sparse_hf_training.run import run_training
 from sparse_hf_training.sequence_parallel import (
     SequenceGroup,
@@ -256,6 +258,23 @@ def test_what_a_slice_cannot_answer_is_refused(shared_model: PreTrainedModel) ->
     assert model(SLICE["input_ids"]).logits.isfinite().all()
     with pytest.raises(ValueError, match="not sequence parallel"):
         disable_sequence_parallel(model)
+
+
+def test_dense_model_of_a_sharded_run_is_judged_on_whole_rows(shared_model: PreTrainedModel, tmp_path: Path) -> None:
+    seen = []
+
+    def judge(model: PreTrainedModel) -> Judgement:
+        seen.append(model(SLICE["input_ids"], use_cache=False).logits)
+        return Judgement(text_loss=1.0, recall=())
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer: Any = Trainer(shared_model, arguments)
+    callback = JudgeDenseCallback(trainer, judge, tmp_path / "dense.json")  # type: ignore[arg-type]
+    callback.on_train_begin(arguments, trainer.state, trainer.control)
+    assert get_sequence_group(shared_model) == HALF
+    disable_sequence_parallel(shared_model)
+    with dense(shared_model):
+        torch.testing.assert_close(seen[0], shared_model(SLICE["input_ids"], use_cache=False).logits)
 
 
 def test_models_that_cannot_be_split_are_refused(shared_model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparse_hf.patching import dense
 from sparse_hf_training.evaluation import Judge, Judgement
+from sparse_hf_training.sequence_parallel import sequence_parallel_disabled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,8 @@ class JudgeDenseCallback(TrainerCallback):
         model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
-        with dense(model):
+        # Whole rows, each process its own, also where training shares them.
+        with sequence_parallel_disabled(model), dense(model):
             self.judgement = self.judge(model)
         model.train(training)
         if args.should_save:
