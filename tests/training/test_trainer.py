@@ -376,6 +376,12 @@ def test_label_smoothing_is_refused(tmp_path: Path) -> None:
         trainer_for(tmp_path, label_smoothing_factor=0.1)
 
 
+def test_a_batch_size_found_by_trial_is_refused(tmp_path: Path) -> None:
+    """transformers' loop would begin anew after it ran out of memory, with gates that have moved."""
+    with pytest.raises(ValueError, match="set per_device_train_batch_size"):
+        trainer_for(tmp_path, auto_find_batch_size=True)
+
+
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"preserve_rng_state": True}])
 def test_reentrant_checkpointing_is_refused(tmp_path: Path, options: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match="reentrant checkpointing"):

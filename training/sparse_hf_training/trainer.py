@@ -97,6 +97,11 @@ class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
             )
         if self.args.label_smoothing_factor:
             raise ValueError("label smoothing is not supported; set label_smoothing_factor to 0")
+        if self.args.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size begins at step 0 again with what the steps before memory ran out have learned; "
+                "set per_device_train_batch_size (with gradient_accumulation_steps) instead"
+            )
         # The loss below is a sum over label tokens / their number in the whole optimizer step.
         self.model_accepts_loss_kwargs = True
         self.objective: ObjectiveConfig = objective or ObjectiveConfig()
