@@ -57,6 +57,20 @@ def test_chat_template_that_renders_the_last_answer_differently(tokenizer) -> No
     assert _trained(thinking, document) == "In the harbor.</s>\n<think></think>In the harbor. Still 12.</s>\n"
 
 
+@pytest.mark.parametrize("thoughts", ["It lies there.", "In the harbor. Or not? In the harbor."])
+def test_answers_that_stand_in_their_thoughts_keep_their_ending(tokenizer, thoughts: str) -> None:
+    """As Qwen3's template: thoughts of the last answer alone."""
+    thinking = copy.copy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+        "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>' + m['thoughts'] + '</think>' }}{% endif %}"
+        "{{ m['content'] + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    document = chat_document([{**message, "thoughts": thoughts} for message in CHAT], thinking)
+    last = f"<think>{thoughts}</think>In the harbor. Still 12.</s>\n"
+    assert _trained(thinking, document) == f"In the harbor.</s>\n{last}"
+
+
 MARKED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '</s>' }}{% endgeneration %}{% else %}{{ m['content'] + '</s>' }}{% endif %}"

@@ -84,8 +84,10 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) 
                 "so its loss cannot be placed; use another chat_template"
             )
         stop = start + len(answer)
-        ending = after[last + len(answer) :]
-        spans.append((len(before), stop + len(ending) if whole.startswith(ending, stop) else stop))
+        # Thoughts before the answer may hold its words too: what follows them is no ending that the whole text has.
+        while last >= 0 and not whole.startswith(after[last + len(answer) :], stop):
+            last = after.find(answer, last + 1)
+        spans.append((len(before), stop if last < 0 else stop + len(after) - last - len(answer)))
     return whole, spans
 
 
