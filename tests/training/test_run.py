@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_hf import AutoSparseModelForCausalLM
 from sparse_hf.artefact import load_artefact
 from sparse_hf.head_masks import round_scores
 from sparse_hf.patching import get_handle
 from sparse_hf_training.config import RunConfig
+from sparse_hf_training.engines.judging import DENSE_NAME, JudgeDenseCallback
 from sparse_hf_training.run import RunResult, run_training
 from sparse_hf_training.typed_config import build
 
@@ -48,6 +49,16 @@ def test_masks_are_learned_judged_and_exported(run_values: Values, tmp_path: Pat
     assert {"config.yaml", "run.json", "history.json", "data.json", "mask_history.png"} <= left
     report = json.loads((tmp_path / "run" / "data.json").read_text())
     assert report == json.loads(json.dumps(result.data.report.to_dict())) and report["sources"]
+
+
+def test_dense_judgement_is_kept_for_engines_that_go_on_with_moved_weights(run_values: Values, tmp_path: Path) -> None:
+    result = run(run_values(stage="masks_and_weights", objective={"lm": 1.0, "kl": 0.0}, trainer={"max_steps": 2}))
+    trainer: Any = None  # neither it nor a judge is asked
+    callback = JudgeDenseCallback(trainer, trainer, tmp_path / "run" / DENSE_NAME)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    callback.on_train_begin(arguments, TrainerState(global_step=2), TrainerControl())
+    assert callback.judgement is not None and result.dense is not None
+    assert callback.judgement.to_dict() == result.dense.to_dict()
 
 
 def test_judging_in_between_changes_no_gate(run_values: Values, tmp_path: Path) -> None:

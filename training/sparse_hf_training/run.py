@@ -171,14 +171,18 @@ def _judge_dense(
     config: RunConfig, trainer: SparseTrainer, model: PreTrainedModel, judge: Judge, progress: RichProgressCallback
 ) -> Judgement | JudgeDenseCallback | None:
     """The dense model as it came, since training may change its weights; on the main process where that can."""
+    file = Path(config.output_dir) / DENSE_NAME
     if trainer.engine.shards_weights:
-        callback = JudgeDenseCallback(trainer, judge, Path(config.output_dir) / DENSE_NAME)
+        callback = JudgeDenseCallback(trainer, judge, file)
         trainer.add_callback(callback)
         return callback
     if not trainer.is_world_process_zero():
         return None
     with doing(progress.console, "judging the dense model"), dense(model):
-        return judge(model)
+        judgement = judge(model)
+    # For an engine that shards the weights and goes on with this run, where they have moved when it can judge.
+    replace_json(file, judgement.to_dict())
+    return judgement
 
 
 def _load_teacher(config: RunConfig) -> PreTrainedModel:

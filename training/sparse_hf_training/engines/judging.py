@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_hf.figures import replace_json
 from sparse_hf.patching import dense
 from sparse_hf_training.evaluation import Judge, Judgement
 from sparse_hf_training.sequence_parallel import sequence_parallel_disabled
@@ -45,4 +46,4 @@ class JudgeDenseCallback(TrainerCallback):
             self.judgement = self.judge(model)
         model.train(training)
         if args.should_save:
-            self.file.write_text(json.dumps(self.judgement.to_dict(), indent=1) + "\n", encoding="utf-8")
+            replace_json(self.file, self.judgement.to_dict())
