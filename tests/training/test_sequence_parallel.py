@@ -38,6 +38,7 @@ from sparse_hf_training.sequence_parallel import (
     sequence_parallel_disabled,
     shard_batch,
 )
+from sparse_hf_training.trainer import SparseTrainer
 
 WORKERS = Path(__file__).parent / "workers"
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -275,6 +276,15 @@ def test_dense_model_of_a_sharded_run_is_judged_on_whole_rows(shared_model: PreT
     disable_sequence_parallel(shared_model)
     with dense(shared_model):
         torch.testing.assert_close(seen[0], shared_model(SLICE["input_ids"], use_cache=False).logits)
+
+
+def test_means_over_slices_are_refused(shared_model: PreTrainedModel, tmp_path: Path) -> None:
+    """One slice of a recall sample has all of its labels, and would count as much as one without any."""
+    options = {"max_steps": 1, "use_cpu": True, "remove_unused_columns": False, "report_to": "none"}
+    arguments = TrainingArguments(output_dir=str(tmp_path), average_tokens_across_devices=False, **options)
+    rows: Any = [{name: value[0] for name, value in SLICE.items()} | {"labels": SLICE["input_ids"][0]}]
+    with pytest.raises(ValueError, match="average_tokens_across_devices=false would average over slices"):
+        SparseTrainer(shared_model, arguments, train_dataset=rows).get_train_dataloader()
 
 
 def test_models_that_cannot_be_split_are_refused(shared_model: PreTrainedModel) -> None:

@@ -239,6 +239,11 @@ class SparseTrainer(SlicedEvaluation, EngineCheckpoints):
         if self._sp_by_deepspeed > 1 and not is_sequence_parallel(model):
             stage = int(self.engine.name.removeprefix("zero")) if self.engine.is_deepspeed else 0
             enable_deepspeed_sequence_parallel(model, self._sp_by_deepspeed, stage)
+        if is_sequence_parallel(model) and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=false would average over slices of rows, which hold unequal shares of "
+                "their labels; leave it out under sequence parallelism"
+            )
         group = get_sequence_group(model)
         if group is None:
             return super().get_train_dataloader()
