@@ -61,6 +61,8 @@ def test_round_trip_with_overrides(run_yaml: Callable[..., Path], tmp_path: Path
         ("trainer.max_step=3", r"trainer: \['max_step'\] are no arguments of transformers.TrainingArguments"),
         ("trainer.output_dir=x", r"trainer: \['output_dir'\] are no .* or set by the run"),
         ("trainer.load_best_model_at_end=true", "set by the run"),
+        ("trainer.train_sampling_strategy=group_by_length", "set by the run"),
+        ("trainer.data_seed=1", "set by the run"),
         ("trainer.save_only_model=true", r"trainer: \['save_only_model'\] are no .* or set by the run"),
         ("trainer.ignore_data_skip=true", r"trainer: \['ignore_data_skip'\] are no .* or set by the run"),
         ("trainer.max_steps=0", "trainer.max_steps must be positive"),

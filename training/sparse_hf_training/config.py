@@ -261,6 +261,8 @@ RESERVED = (
     "load_best_model_at_end",  # knows nothing of gates
     "save_only_model",  # a run that goes on would begin its optimizer anew
     "ignore_data_skip",  # and would see its first rows again
+    "train_sampling_strategy",  # rows have the order of `data`, with `data.seed`
+    "data_seed",
 )
 
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "save_steps")
