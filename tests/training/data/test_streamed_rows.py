@@ -178,6 +178,19 @@ def test_resumed_rows_are_the_same_rows(make, tmp_path: Path, options: dict) -> 
             assert asdict(again.report) == asdict(whole.report)
 
 
+@pytest.mark.parametrize("options", [{}, {"packing": "best_fit"}], ids=str)
+def test_places_of_other_phases_are_passed_over(make, tmp_path: Path, options: dict) -> None:
+    """As a run of twice as many processes leaves them, whose steps have twice the rows."""
+    journal = tmp_path / "stream.jsonl"
+    other = make(phases=((0, 16), (120, 40)), journal=journal, **options)
+    _ = [other[index] for index in range(250)]
+    phases = ((0, 16), (60, 40))
+    whole = make(phases=phases, **options)
+    wanted = [whole[index] for index in range(160)]
+    again = make(phases=phases, journal=journal, **options)
+    assert all(_equal(again[index], wanted[index]) for index in range(140, 160))
+
+
 def _count_reads(rows: StreamedRows) -> list[int]:
     """Grows with every document that is tokenised."""
     count: list[int] = []

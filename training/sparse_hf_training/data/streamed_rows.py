@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,16 @@ class Cursor:
     pieces: int = 0
     """Pieces of the document at `place` that earlier rows hold."""
     report: PackingReport = field(default_factory=PackingReport)
+    phases: tuple[tuple[int, int], ...] = ()
+    """First row and tokens per row of the phases up to this row."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cursor:
         """From what `dataclasses.asdict` made."""
-        return cls(**{**values, "place": Place(**values["place"]), "report": PackingReport(**values["report"])})
+        plain: Any = values.get("phases", ())
+        phases = tuple((int(first), int(seq_len)) for first, seq_len in plain)
+        read = {"place": Place(**values["place"]), "report": PackingReport(**values["report"]), "phases": phases}
+        return cls(**{**values, **read})
 
 
 class Journal:
@@ -69,9 +74,13 @@ class Journal:
             except (json.JSONDecodeError, TypeError, KeyError):
                 continue  # empty, or torn when the process was killed
 
-    def before(self, row: int) -> Cursor:
-        """The last cursor at or before `row`."""
-        return max((c for c in self._read() if c.row <= row), key=lambda cursor: cursor.row, default=Cursor())
+    def before(self, row: int, phases: Sequence[tuple[int, int]]) -> Cursor:
+        """The last cursor at or before `row` that was written under these phases.
+
+        Phases are counted in steps, so that another number of processes has others.
+        """
+        found = (c for c in self._read() if c.row <= row and c.phases == _until(c.row, phases))
+        return max(found, key=lambda cursor: cursor.row, default=Cursor())
 
     def add(self, cursor: Cursor) -> None:
         """Writes the cursor unless one lies close before it."""
@@ -81,6 +90,10 @@ class Journal:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(asdict(cursor)))  # a torn line before it stays by itself
         self._last = cursor.row
+
+
+def _until(row: int, phases: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple(phase for phase in phases if phase[0] <= row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +176,7 @@ class StreamedRows(Dataset[Row]):
         if (row := self._find(index)) is not None:
             return row
         if self._reader is None or index < self._next or index > self._next + _JOURNAL_EVERY:
-            cursor = self.journal.before(index)
+            cursor = self.journal.before(index, self._phases)
             if self._reader is None or index < self._next or cursor.row > self._next:
                 self._start(cursor)
         while (row := self._find(index)) is None:
@@ -209,7 +222,14 @@ class StreamedRows(Dataset[Row]):
         if self._is_place:
             first = reads[0]
             self.journal.add(
-                Cursor(row=self._next, place=first.place, offset=first.offset, pieces=first.pieces, report=self._report)
+                Cursor(
+                    row=self._next,
+                    place=first.place,
+                    offset=first.offset,
+                    pieces=first.pieces,
+                    report=self._report,
+                    phases=_until(self._next, self._phases),
+                )
             )
         tokens = sum(len(read.document.input_ids) for read in reads)
         while tokens < seq_len * (WINDOW_ROWS if left is None else min(WINDOW_ROWS, left)):
