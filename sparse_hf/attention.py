@@ -162,7 +162,10 @@ def _checked_state(state: LayerState | None, dropout: float, kwargs: dict[str, A
             f"attention dropout is not supported, got {dropout}; set config.attention_dropout (GPT-2: attn_pdrop) to 0"
         )
     if kwargs.get("output_attentions"):
-        raise ValueError("sparse attention never forms attention weights; use `with dense(model)` to read them")
+        raise ValueError(
+            "sparse attention never forms attention weights; read them in `with dense(model)`, after "
+            'model.set_attn_implementation("eager") there unless the model was loaded with eager attention'
+        )
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"the model passes {name!r} to its attention, which sparse attention does not support")

@@ -258,8 +258,12 @@ def test_too_long_a_sequence(make_model: Callable) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2_native", "qwen3", "mistral"])
 def test_attention_weights_are_refused(make_model: Callable, family: str, ids: Tensor) -> None:
     model = sparsify(make_model(family), STREAMING)
-    with pytest.raises(ValueError, match="with dense"):
+    with pytest.raises(ValueError, match=r'with dense.*set_attn_implementation\("eager"\)'):
         model(ids, output_attentions=True)
+    with dense(model):  # what the message says
+        model.set_attn_implementation("eager")
+        assert len(model(ids, output_attentions=True).attentions) == model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sparse_hf"
 
 
 def test_four_dimensional_masks_are_refused(make_model: Callable, family: str, ids: Tensor) -> None:
