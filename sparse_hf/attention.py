@@ -159,7 +159,8 @@ def _checked_state(state: LayerState | None, dropout: float, kwargs: dict[str, A
         )
     if dropout:
         raise ValueError(
-            f"attention dropout is not supported, got {dropout}; set config.attention_dropout (GPT-2: attn_pdrop) to 0"
+            f"attention dropout is not supported, got {dropout}; load the model with attention_dropout=0.0 (GPT-2: "
+            "attn_pdrop=0.0) in from_pretrained or its config.json, as layers keep the value that they were made with"
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
