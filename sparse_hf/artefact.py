@@ -140,8 +140,9 @@ def save_artefact(
         The folder.
 
     Raises:
-        ValueError: if the model is not sparsified, the scores do not fit it, the folder exists and `overwrite` is off,
-            it holds something else than an artefact, or it holds weights and none would take their place.
+        ValueError: if the model is not sparsified or has gates that are being learned, the scores do not fit it, the
+            folder exists and `overwrite` is off, it holds something else than an artefact, or it holds weights and none
+            would take their place.
         OSError: if writing fails (disk full); the old folder is then untouched.
     """
     from sparse_hf.patching import get_handle
@@ -155,6 +156,11 @@ def save_artefact(
             tokenizer.save_pretrained(staging)
 
     handle = get_handle(model)
+    if any(state.gate is not None for state in handle.states):
+        raise ValueError(
+            "an artefact holds deployed head masks, and the model's gates still stand in their place; call "
+            "detach_mask_learning(model) first"
+        )
     adapter, inner = has_adapter(model), unwrapped(model)
     base = base_model_name_or_path or inner.config._name_or_path
     if not base:

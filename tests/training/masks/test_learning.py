@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparse_hf import SparseConfig, Streaming, dense, sparsify, unsparsify
-from sparse_hf.artefact import save_artefact
+from sparse_hf.artefact import load_artefact, save_artefact
 from sparse_hf.config import LayerRule
 from sparse_hf.methods import Triangle
 from sparse_hf.patching import get_handle, set_head_masks
@@ -153,6 +153,16 @@ def test_detaching_leaves_the_model_as_it_was(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="no gates"):
         detach_mask_learning(model)
     unsparsify(model)
+
+
+def test_an_artefact_waits_for_the_learned_masks(model: PreTrainedModel, tmp_path: Path) -> None:
+    attach_mask_learning(model, CONFIG)
+    with pytest.raises(ValueError, match=r"call detach_mask_learning\(model\) first"):  # else all heads would be full
+        save_artefact(model, tmp_path / "artefact", base_model_name_or_path="me/base")
+    assert not any(tmp_path.iterdir())
+    masks = detach_mask_learning(model)
+    folder = save_artefact(model, tmp_path / "artefact", base_model_name_or_path="me/base")
+    assert torch.equal(load_artefact(folder).head_masks, masks)
 
 
 def test_sft_reads_the_frozen_masks_while_it_trains(model: PreTrainedModel) -> None:
