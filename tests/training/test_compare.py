@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from sparse_hf.cli import build_app
 from sparse_hf_training.evaluation.card import BEGIN, END, update_card
+from sparse_hf_training.evaluation.command import EvaluationOptions
 from sparse_hf_training.evaluation.compare import Comparison, pareto_front
 from sparse_hf_training.evaluation.footprint import Footprint
 from sparse_hf_training.evaluation.html_report import html_report, write_html_report
@@ -136,6 +137,15 @@ def test_runs_are_compared_on_the_tasks_that_all_can_be_judged_by(comparison: Co
         Comparison.of([comparison.reports[0], other])
     with pytest.raises(ValueError, match="different names"):
         Comparison.of([comparison.reports[0], comparison.reports[0]])
+
+
+def test_an_artefacts_report_is_found_beside_it(comparison: Comparison, tmp_path: Path) -> None:
+    artefact = tmp_path / "artefact"
+    artefact.mkdir()
+    with pytest.raises(ValueError, match=r"holds no report\.json"):
+        LabReport.load(artefact)
+    comparison.reports[0].save(EvaluationOptions(target=str(artefact)).folder)
+    assert LabReport.load(artefact) == comparison.reports[0]
 
 
 def test_reports_that_are_cut_short_are_refused(comparison: Comparison, tmp_path: Path) -> None:

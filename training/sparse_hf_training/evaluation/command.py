@@ -26,7 +26,7 @@ from sparse_hf_training.data import PackedTextDataset, TextSource, pack_document
 from sparse_hf_training.demo.recipe import ASSETS
 from sparse_hf_training.evaluation.cells import CellStore
 from sparse_hf_training.evaluation.lab import DENSE, Lab, check_length
-from sparse_hf_training.evaluation.report import LabReport
+from sparse_hf_training.evaluation.report import LabReport, folder_beside
 from sparse_hf_training.tasks import Filler, RecallTask, available_tasks, make_task
 
 FIGURES_FILE = "figures.json"
@@ -82,7 +82,7 @@ class EvaluationOptions:
         if (target / RUN_ARTEFACT).is_dir():
             return target / "evaluation"
         if target.is_dir():
-            return target.with_name(f"{target.resolve().name}-evaluation")
+            return folder_beside(target)
         return Path("runs") / "evaluation" / self.target.replace("/", "--")
 
 

@@ -24,6 +24,13 @@ MIN_DENSE = 0.5
 """A task that the dense model answers less often than this says nothing about sparsity."""
 
 
+def folder_beside(artefact: Path) -> Path:
+    """Where the evaluation of an artefact lies, whose own folder holds nothing else."""
+    whole = artefact.resolve()
+    # "." has no name of its own.
+    return (artefact if artefact.name else whole).with_name(f"{whole.name}-evaluation")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskComparison:
     """One task, dense and sparse on the same samples.
@@ -225,13 +232,14 @@ class LabReport:
 
     @classmethod
     def load(cls, path: str | Path) -> LabReport:
-        """From a report's file or a folder that holds one, an evaluation's or a run's.
+        """From a report's file or a folder that holds one, an evaluation's or a run's; an artefact's lies beside it.
 
         Raises:
             ValueError: if there is none, or it is no report.
         """
         path = Path(path)
-        places = (path, path / REPORT_FILE, path / "evaluation" / REPORT_FILE)
+        folders = (path, path / "evaluation", folder_beside(path))
+        places = (path, *(folder / REPORT_FILE for folder in folders))
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise ValueError(f"{path} holds no {REPORT_FILE}; `sparse-hf eval {path}` makes one")
